@@ -1,0 +1,62 @@
+"""The blind option prior: a table of option texts that sees neither image nor question, yet scores 95-100 % in-domain.
+
+OmniMedVQA's gold texts come from a small closed set while its distractors were invented by a language model and
+are rarely gold elsewhere, so "how often is this text gold when it is shown?", counted over the training rows, answers
+most test rows. Any accuracy of a trained model has to be read beside this number: what lies above it may
+have come from the image, what lies below it certainly did not need one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+Row = tuple[Sequence[str], int]
+"""One question as the prior sees it: the options' texts in order, and the index of the gold one."""
+
+
+def exact(text: str) -> str:
+    """The option as written; typographic tells (a lone trailing period, a lower-case initial) stay visible."""
+    return text
+
+
+def normalized(text: str) -> str:
+    """Lower case, no trailing period: what is left of the shortcut once typographic tells are removed."""
+    return text.strip().lower().removesuffix(".").rstrip()
+
+
+class OptionPrior:
+    """P(gold | shown) of every option text, counted over training rows.
+
+    ``key`` maps an option's text to what is counted: :func:`exact` or :func:`normalized`.
+    """
+
+    def __init__(self, rows: Iterable[Row], key: Callable[[str], str] = exact):
+        self.key = key
+        self.shown: Counter[str] = Counter()
+        self.gold: Counter[str] = Counter()
+        for options, gold in rows:
+            keys = [key(option) for option in options]
+            self.shown.update(keys)
+            self.gold[keys[gold]] += 1
+
+    def score(self, option: str) -> float:
+        """Times gold over times shown, in 0..1; 0 for a text that the training rows never showed."""
+        shown = self.shown[self.key(option)]
+        return self.gold[self.key(option)] / shown if shown else 0.0
+
+    def predict(self, options: Sequence[str]) -> int:
+        """Index of the option with the highest score; the first of equals."""
+        scores = [self.score(option) for option in options]
+        return scores.index(max(scores))
+
+    def accuracy(self, rows: Iterable[Row]) -> float:
+        """Share of ``rows`` whose gold option is predicted, 0-100; nan without rows."""
+        hits = [self.predict(options) == gold for options, gold in rows]
+        return 100.0 * sum(hits) / len(hits) if hits else float("nan")
+
+
+def chance(rows: Iterable[Row]) -> float:
+    """Expected accuracy (0-100) of drawing an option at random: the mean of 1 / number of options; nan without rows."""
+    shares = [1 / len(options) for options, _ in rows]
+    return 100.0 * sum(shares) / len(shares) if shares else float("nan")
