@@ -1,0 +1,88 @@
+"""Defects of verl 0.9 that hit this project's runs on any device, each with its own check that it is still there.
+
+They act only in runs that ask for the plugin by name (``VERL_USE_EXTERNAL_MODULES=medr1_verl.plugin``, as the
+recipes do): merely having this package installed must not change anybody else's verl runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from types import ModuleType
+from typing import Any
+
+from medr1_verl.import_hooks import after_import
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL_SECONDS = 0.1
+
+
+def prompt_replay_buffer_poll(module: ModuleType) -> None:
+    """The V1 replay buffer looks for finished groups every 2 s and has no configuration key for it (verl 0.9.1,
+    trainer/ppo/v1/replay_buffer.py), so every rollout takes a multiple of 2 s: a second a step on average. The look
+    itself takes milliseconds. Applies wherever the default is still above ours.
+    """
+    buffer = module.ReplayBuffer
+    default = inspect.signature(buffer.__init__).parameters.get("poll_interval")
+    if default is None or not isinstance(default.default, int | float) or default.default <= POLL_INTERVAL_SECONDS:
+        return
+    original = buffer.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("poll_interval", POLL_INTERVAL_SECONDS)
+        original(self, *args, **kwargs)
+
+    buffer.__init__ = __init__
+
+
+def text_only_micro_batch(module: ModuleType) -> None:
+    """A micro-batch without any image crashes Qwen2-VL under transformers 5 (verl 0.9.0 and 0.9.1,
+    models/transformers/qwen2_vl.py: the vision tower's output object has no ``mean``). Reached even with an
+    all-image data set, through the padding samples of the V1 trainer. verl unpacks that output everywhere else with
+    ``unpack_visual_output``; here the vision tower handed to this one function does it.
+    """
+    original = getattr(module, "_get_input_embeds", None)
+    unpack = getattr(module, "unpack_visual_output", None)
+    if original is None or unpack is None or "image_embeds = model.visual(" not in inspect.getsource(original):
+        return
+
+    @functools.wraps(original)
+    def _get_input_embeds(
+        model: Any,
+        input_ids: Any,
+        attention_mask: Any = None,
+        pixel_values: Any = None,
+        pixel_values_videos: Any = None,
+        image_grid_thw: Any = None,
+        video_grid_thw: Any = None,
+    ) -> Any:
+        if pixel_values is None and pixel_values_videos is None:
+            model = _UnpackedVision(model, unpack)
+        return original(
+            model, input_ids, attention_mask, pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw
+        )
+
+    module._get_input_embeds = _get_input_embeds
+
+
+class _UnpackedVision:
+    """The model as ``_get_input_embeds`` uses it, its vision tower returning a tensor as before transformers 5."""
+
+    def __init__(self, model: Any, unpack: Any) -> None:
+        self._model = model
+        self._unpack = unpack
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def visual(self, *args: Any, **kwargs: Any) -> Any:
+        return self._unpack(self._model.visual(*args, **kwargs))[0]
+
+
+def install() -> None:
+    """Arrange for every fix to run when its module is imported."""
+    after_import("verl.trainer.ppo.v1.replay_buffer", prompt_replay_buffer_poll)
+    after_import("verl.models.transformers.qwen2_vl", text_only_micro_batch)
