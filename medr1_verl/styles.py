@@ -1,12 +1,16 @@
-"""The three answer styles of the paper. Prompt and format rule come from one definition each.
+"""The three answer styles of the paper. Prompt, format rule and parser come from one definition each.
 
 A style is an ordered list of blocks. The prompt asks for exactly these blocks in this order; the
-strict reward accepts exactly these blocks in this order. The wording is this project's own.
+strict parser (:mod:`medr1_verl.parsing`) accepts exactly these blocks in this order. The wording is
+this project's own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+BLOCKS = ("think", "answer")
+"""Every block that some style has. A tag of a block that a style does not have is a format fault in it."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,16 @@ class Style:
     name: str
     blocks: tuple[str, ...]
     instruction: str
+    tags: tuple[tuple[str, str], ...] = field(init=False)
+    """(opening tag, closing tag) of each block, in order; what the parser looks for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tags", tuple((f"<{block}>", f"</{block}>") for block in self.blocks))
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the style has a reasoning block."""
+        return "think" in self.blocks
 
 
 STYLES: dict[str, Style] = {
