@@ -19,12 +19,23 @@ class Style:
 
     name: str
     blocks: tuple[str, ...]
-    instruction: str
+    wording: str
+    """What the prompt asks for, with ``{answer}`` where it says what stands in the answer block."""
     tags: tuple[tuple[str, str], ...] = field(init=False)
     """(opening tag, closing tag) of each block, in order; what the parser looks for."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tags", tuple((f"<{block}>", f"</{block}>") for block in self.blocks))
+
+    @property
+    def instruction(self) -> str:
+        """The request for a question with lettered options."""
+        return self.wording.replace("{answer}", "the letter of the one correct option")
+
+    @property
+    def open_instruction(self) -> str:
+        """The request for a question without options."""
+        return self.wording.replace("{answer}", "the answer in as few words as possible")
 
     @property
     def reasons(self) -> bool:
@@ -39,19 +50,18 @@ STYLES: dict[str, Style] = {
             "think",
             ("think", "answer"),
             "First reason about what the image shows, between <think> and </think>. "
-            "Then give the letter of the one correct option, between <answer> and </answer>. "
+            "Then give {answer}, between <answer> and </answer>. "
             "Write nothing outside these two blocks.",
         ),
         Style(
             "no-think",
             ("answer",),
-            "Give the letter of the one correct option, between <answer> and </answer>. "
-            "Write nothing outside this block.",
+            "Give {answer}, between <answer> and </answer>. Write nothing outside this block.",
         ),
         Style(
             "think-after",
             ("answer", "think"),
-            "First give the letter of the one correct option, between <answer> and </answer>. "
+            "First give {answer}, between <answer> and </answer>. "
             "Then explain it by what the image shows, between <think> and </think>. "
             "Write nothing outside these two blocks.",
         ),
