@@ -59,8 +59,7 @@ def parse(text: str, style: str | Style = "think", options: Sequence[str] | None
     contents = _blocks(text, spec)
     if contents is None:
         answer = _only_block(text, "<answer>", "</answer>", inside_of=("<think>", "</think>"))
-        think = _only_block(text, "<think>", "</think>") or ""
-        return Parsed(False, think, answer, "" if answer is None else option_letter(answer, options))
+        return Parsed(False, reasoning(text), answer, "" if answer is None else option_letter(answer, options))
     think, answer = contents
     well_formed = answer != "" and (think.strip(_BLANK) != "" or not spec.reasons)
     return Parsed(well_formed, think, answer, option_letter(answer, options))
@@ -130,6 +129,11 @@ def _only_block(text: str, opening: str, closing: str, inside_of: tuple[str, str
     if inside_of is not None and text.rfind(inside_of[0], 0, start) > text.rfind(inside_of[1], 0, start):
         return None
     return text[start + len(opening) : end].strip()
+
+
+def reasoning(text: str) -> str:
+    """The reasoning, stripped; "" where there is not exactly one such block. Needs no style."""
+    return _only_block(text, "<think>", "</think>") or ""
 
 
 def why_malformed(text: str, style: str | Style = "think") -> str:

@@ -195,7 +195,9 @@ def _strokes(lines: Sequence[tuple[Sequence[tuple[float, float]], float]]) -> Ar
     mask = Image.new("L", (size, size), 0)
     draw = ImageDraw.Draw(mask)
     for points, width in lines:
-        draw.line([(px * size, py * size) for px, py in points], fill=255, width=max(1, round(width * size)), joint="curve")
+        draw.line(
+            [(px * size, py * size) for px, py in points], fill=255, width=max(1, round(width * size)), joint="curve"
+        )
     return np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
@@ -325,7 +327,9 @@ def _draw_mri(rng: Rng, facts: dict[str, str]) -> Array:
         _paint(canvas, _ellipse(0.58, 0.58, 0.10, 0.09), fat)
         _paint(canvas, _ellipse(0.40, 0.54, 0.08, 0.13, 0.5), fat)
     lesion = {"Tumor": 1.0 if t2 else 0.98, "Cyst": 0.0}
-    _lesion(canvas, rng, facts, _side_x(facts, rng, 0.10, 0.18), rng.uniform(0.35, 0.6), lesion["Tumor"], lesion["Cyst"])
+    _lesion(
+        canvas, rng, facts, _side_x(facts, rng, 0.10, 0.18), rng.uniform(0.35, 0.6), lesion["Tumor"], lesion["Cyst"]
+    )
     shading = 1 + 0.12 * _texture(rng, 3)
     return _blur(canvas, 0.9) * shading + 0.025 * _texture(rng, 112)
 
@@ -336,7 +340,9 @@ def _draw_xray(rng: Rng, facts: dict[str, str]) -> Array:
     canvas = np.full((SIDE, SIDE), 0.62, dtype=np.float32)
     canvas -= 0.45 * np.clip((np.abs(gx - 0.5) - 0.40 - 0.06 * gy) / 0.05, 0, 1)
     for sign in (-1, 1):
-        lung = np.minimum(_ellipse(0.5 + sign * 0.20, 0.47, 0.145, 0.33, sign * -0.08, 0.03), np.clip((0.80 - gy) / 0.02, 0, 1))
+        lung = np.minimum(
+            _ellipse(0.5 + sign * 0.20, 0.47, 0.145, 0.33, sign * -0.08, 0.03), np.clip((0.80 - gy) / 0.02, 0, 1)
+        )
         _paint(canvas, lung, 0.16)
     heart = 0.20 if facts["diagnosis"] == "Cardiomegaly" else 0.105
     _paint(canvas, _ellipse(0.54, 0.66, heart * rng.uniform(0.95, 1.05), 0.15, 0.35, 0.03), 0.78)
@@ -344,11 +350,19 @@ def _draw_xray(rng: Rng, facts: dict[str, str]) -> Array:
     ribs = []
     for level in np.linspace(0.18, 0.72, 8):
         for sign in (-1, 1):
-            arc = [(0.5 + sign * 0.37 * np.sin(t), level + 0.09 * (1 - np.cos(t)) - 0.05 * np.sin(2 * t)) for t in np.linspace(0.1, 1.9, 12)]
+            arc = [
+                (0.5 + sign * 0.37 * np.sin(t), level + 0.09 * (1 - np.cos(t)) - 0.05 * np.sin(2 * t))
+                for t in np.linspace(0.1, 1.9, 12)
+            ]
             ribs.append((arc, 0.014))
     _paint(canvas, _blur(_strokes(ribs), 0.8), 0.85, 0.34)
     for sign in (-1, 1):
-        _paint(canvas, _strokes([(((0.5 + sign * 0.04, 0.15), (0.5 + sign * 0.2, 0.10), (0.5 + sign * 0.38, 0.08)), 0.026)]), 0.9, 0.8)
+        _paint(
+            canvas,
+            _strokes([(((0.5 + sign * 0.04, 0.15), (0.5 + sign * 0.2, 0.10), (0.5 + sign * 0.38, 0.08)), 0.026)]),
+            0.9,
+            0.8,
+        )
         _paint(canvas, _ellipse(0.5 + sign * 0.20, 0.88, 0.24, 0.12, 0, 0.02), 0.85, 0.9)
     if facts["diagnosis"] == "Pneumonia":
         x, radius = _side_x(facts, rng, 0.19, 0.23), (0.06, 0.10, 0.15)[_LEVEL[facts["grade"]]]
@@ -379,7 +393,13 @@ def _draw_ultrasound(rng: Rng, facts: dict[str, str]) -> Array:
     organ = facts["anatomy"]
     if organ == "Liver":
         for _ in range(5):
-            _paint(tissue, _ellipse(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.8), 0.012, rng.uniform(0.03, 0.07), rng.uniform(0, 3)), 0.1)
+            _paint(
+                tissue,
+                _ellipse(
+                    rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.8), 0.012, rng.uniform(0.03, 0.07), rng.uniform(0, 3)
+                ),
+                0.1,
+            )
         _paint(tissue, _strokes([([(t, 0.90 - 0.5 * (t - 0.5) ** 2) for t in np.linspace(0.1, 0.9, 14)], 0.025)]), 0.95)
     elif organ == "Kidney":
         _paint(tissue, _ellipse(0.5, 0.55, 0.25, 0.15, rng.uniform(-0.3, 0.3)), 0.2)
@@ -389,7 +409,12 @@ def _draw_ultrasound(rng: Rng, facts: dict[str, str]) -> Array:
         _paint(tissue, _ellipse(0.5, 0.55, 0.24, 0.19), 0.02)
     else:
         _paint(tissue, _ellipse(0.5, 0.58, 0.27, 0.30), 0.65)
-        for sx, sy, rx, ry in ((-0.11, -0.11, 0.08, 0.13), (0.11, -0.11, 0.08, 0.13), (-0.10, 0.17, 0.08, 0.08), (0.10, 0.17, 0.08, 0.08)):
+        for sx, sy, rx, ry in (
+            (-0.11, -0.11, 0.08, 0.13),
+            (0.11, -0.11, 0.08, 0.13),
+            (-0.10, 0.17, 0.08, 0.08),
+            (0.10, 0.17, 0.08, 0.08),
+        ):
             _paint(tissue, _ellipse(0.5 + sx, 0.55 + sy, rx, ry), 0.03)
     x, y = rng.uniform(0.38, 0.62), rng.uniform(0.40, 0.60)
     if facts["diagnosis"] != "Normal":
@@ -402,7 +427,9 @@ def _draw_ultrasound(rng: Rng, facts: dict[str, str]) -> Array:
         else:
             _paint(tissue, behind, 0.0, 0.95)
             _paint(tissue, _ellipse(x, y, radius, radius * 0.75), 1.0)
-    speckle = np.sqrt(rng.standard_normal((SIDE, SIDE)) ** 2 + rng.standard_normal((SIDE, SIDE)) ** 2).astype(np.float32)
+    speckle = np.sqrt(rng.standard_normal((SIDE, SIDE)) ** 2 + rng.standard_normal((SIDE, SIDE)) ** 2).astype(
+        np.float32
+    )
     canvas = tissue * _blur(np.clip(speckle / 3, 0, 1), 0.7) * 2.4 * (1.1 - 0.35 * gy)
     if facts["probe"] == "Convex":
         angle, depth = np.arctan2(gx - 0.5, gy + 0.15), np.hypot(gx - 0.5, gy + 0.15)
@@ -412,7 +439,12 @@ def _draw_ultrasound(rng: Rng, facts: dict[str, str]) -> Array:
     return np.where(inside, canvas, 0.01).astype(np.float32)
 
 
-_SKIN_COLORS = {"Brown": (0.47, 0.28, 0.16), "Black": (0.13, 0.10, 0.10), "Red": (0.75, 0.12, 0.16), "Blue": (0.20, 0.28, 0.60)}
+_SKIN_COLORS = {
+    "Brown": (0.47, 0.28, 0.16),
+    "Black": (0.13, 0.10, 0.10),
+    "Red": (0.75, 0.12, 0.16),
+    "Blue": (0.20, 0.28, 0.60),
+}
 
 
 def _draw_dermoscopy(rng: Rng, facts: dict[str, str]) -> Array:
@@ -469,7 +501,13 @@ def _draw_fundus(rng: Rng, facts: dict[str, str]) -> Array:
             bow = rng.uniform(0.24, 0.34)
             vessels.append(
                 (
-                    [(disc_x - sign * reach * t, disc_y + vertical * (bow * np.sin(2.0 * t) + wobble * np.sin(9 * t))) for t in np.linspace(0, 1, 16)],
+                    [
+                        (
+                            disc_x - sign * reach * t,
+                            disc_y + vertical * (bow * np.sin(2.0 * t) + wobble * np.sin(9 * t)),
+                        )
+                        for t in np.linspace(0, 1, 16)
+                    ],
                     width,
                 )
             )
@@ -563,13 +601,22 @@ def _draw_microscopy(rng: Rng, facts: dict[str, str]) -> Array:
         across = gx * np.sin(tilt) + gy * np.cos(tilt) + 0.01 * _texture(rng, 5)
         fibre = np.clip(0.75 + np.sin(across * 2 * np.pi * 6) * 2, 0, 1)
         _paint(canvas, fibre.astype(np.float32), flesh)
-        _paint(canvas, np.clip(np.sin((gx * np.cos(tilt) - gy * np.sin(tilt)) * 2 * np.pi * 28), 0, 1) * fibre, flesh * 0.8, 0.5)
+        _paint(
+            canvas,
+            np.clip(np.sin((gx * np.cos(tilt) - gy * np.sin(tilt)) * 2 * np.pi * 28), 0, 1) * fibre,
+            flesh * 0.8,
+            0.5,
+        )
     elif tissue == "Fat":
         _paint(canvas, np.ones((SIDE, SIDE), dtype=np.float32), flesh)
         for row in range(-1, 7):
             for col in range(-1, 7):
                 x = (col + 0.5 * (row % 2)) * 0.175 + rng.uniform(-0.012, 0.012)
-                _paint(canvas, _blob(rng, x, row * 0.16 + rng.uniform(-0.012, 0.012), 0.080, 0.06), np.array([0.99, 0.98, 0.99]))
+                _paint(
+                    canvas,
+                    _blob(rng, x, row * 0.16 + rng.uniform(-0.012, 0.012), 0.080, 0.06),
+                    np.array([0.99, 0.98, 0.99]),
+                )
     else:
         _paint(canvas, np.clip(0.8 + 0.1 * _texture(rng, 20), 0, 1), flesh)
         for cx in (0.22, 0.75):
@@ -652,11 +699,20 @@ class _Letters:
         return options
 
 
-def _raw_rows(phantom: Phantom, dataset: str, image_path: str, first_id: int, letters: _Letters, rng: Rng) -> list[dict]:
+def _raw_rows(
+    phantom: Phantom, dataset: str, image_path: str, first_id: int, letters: _Letters, rng: Rng
+) -> list[dict]:
     names = list(MODALITY_NAMES.values())
     own = MODALITY_NAMES[phantom.modality]
     wrong = [name for name in names if name != own]
-    asked = [("modality_recognition", "Which modality is this?", own, [wrong[int(i)] for i in rng.permutation(len(wrong))[:3]])]
+    asked = [
+        (
+            "modality_recognition",
+            "Which modality is this?",
+            own,
+            [wrong[int(i)] for i in rng.permutation(len(wrong))[:3]],
+        )
+    ]
     for topic in phantom.topics:
         gold = phantom.attributes[topic.attribute]
         asked.append((topic.question_type, topic.question, gold, [o for o in topic.options if o != gold]))
@@ -678,7 +734,9 @@ def _raw_rows(phantom: Phantom, dataset: str, image_path: str, first_id: int, le
     return rows
 
 
-def generate(output: Path | str, seed: int = 0, images_per_modality: int = 100, progress: bool = True) -> dict[str, int]:
+def generate(
+    output: Path | str, seed: int = 0, images_per_modality: int = 100, progress: bool = True
+) -> dict[str, int]:
     """Draw all phantoms and write them under ``output`` in the raw OmniMedVQA layout.
 
     Files: ``Images/Phantom CT/phantom_ct_00000.png`` and ``QA_information/Open-access/Phantom CT.json``, the same for
@@ -735,7 +793,9 @@ def _not_ours(output: Path) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m medr1_verl.embedded.phantoms", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m medr1_verl.embedded.phantoms", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the OmniMedVQA-like folder is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images-per-modality", type=int, default=100, metavar="N", help="default %(default)s")
