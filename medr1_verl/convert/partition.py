@@ -1,0 +1,147 @@
+"""Which question goes to train and which to test: by image group (default), by row, or as published."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from medr1_verl.convert.question import Question
+
+# "000155 (2).png", "IM-0001 - Copy.jpeg", "IM-0001 - Copy (3).jpeg", "copy of x.png"
+_COPY_MARK = re.compile(r"(?:\s*\(\d{1,3}\)|\s*-\s*copy|\s+copy)+$|^copy of\s+", re.IGNORECASE)
+# Mean squared difference of two 16 x 16 thumbnails (grey levels squared) under which two files show one picture.
+# A JPEG or resized copy of a picture stays below 1; docs/converter.md has the measured distances.
+SAME_PICTURE = 1.5
+SAME_PICTURE_COPY = 9.0  # for files whose names already say that one is a copy of the other
+MIN_CONTRAST = 3.0  # standard deviation below which a thumbnail shows too little to tell pictures apart
+
+
+class Groups:
+    """Union-find over image paths. A group's name is its first path in sorted order."""
+
+    def __init__(self, paths: Iterable[str]):
+        self._parent = {path: path for path in paths}
+
+    def find(self, path: str) -> str:
+        root = path
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[path] != root:
+            self._parent[path], path = root, self._parent[path]
+        return root
+
+    def join(self, first: str, second: str) -> bool:
+        """Put two paths into one group; True if they were in different ones."""
+        a, b = self.find(first), self.find(second)
+        if a == b:
+            return False
+        self._parent[max(a, b)] = min(a, b)
+        return True
+
+
+def original_name(path: str) -> str:
+    """``path`` without the marks that file managers give to copies; equal for a file and its copies."""
+    folder, _, name = path.rpartition("/")
+    stem = name.rsplit(".", 1)[0]
+    while (shorter := _COPY_MARK.sub("", stem)) != stem and shorter:
+        stem = shorter
+    return f"{folder}/{stem}".casefold()
+
+
+def same_picture(first: np.ndarray, second: np.ndarray, limit: float) -> bool:
+    """Whether two flattened 16 x 16 thumbnails (float32) differ by less than ``limit`` in the mean square."""
+    difference = first - second
+    return float(difference @ difference) < limit * difference.size
+
+
+def group_images(
+    paths: Sequence[str], sha256: dict[str, str], signatures: dict[str, bytes]
+) -> tuple[Groups, dict[str, int]]:
+    """Groups of files that show one picture, and how many joins each rule made.
+
+    ``same_bytes``: equal SHA-256. ``same_picture``: the thumbnails are nearly equal (another format, size or quality).
+    ``named_copy``: the names differ in a copy mark only and the thumbnails are alike.
+    ``signatures`` has 256 bytes per path; paths without one (a dry run decodes nothing) are compared by bytes alone.
+    """
+    groups = Groups(paths)
+    joins = {"same_bytes": 0, "same_picture": 0, "named_copy": 0}
+    by_bytes: dict[str, str] = {}
+    for path in paths:
+        if digest := sha256.get(path):
+            joins["same_bytes"] += groups.join(by_bytes.setdefault(digest, path), path)
+    known = [path for path in paths if path in signatures]
+    if not known:
+        return groups, joins
+    thumbnails = np.frombuffer(b"".join(signatures[path] for path in known), np.uint8).reshape(len(known), -1)
+    means = thumbnails.mean(axis=1, dtype=np.float32)
+    telling = thumbnails.std(axis=1, dtype=np.float32) >= MIN_CONTRAST
+
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for i, path in enumerate(known):
+        by_name[original_name(path)].append(i)
+    for members in by_name.values():
+        for a in range(len(members)):
+            for b in range(a):
+                first, second = (thumbnails[members[k]].astype(np.float32) for k in (a, b))
+                if same_picture(first, second, SAME_PICTURE_COPY):
+                    joins["named_copy"] += groups.join(known[members[b]], known[members[a]])
+
+    # Thumbnails within the limit differ in their mean by at most its root, so only neighbours in the order of means
+    # are compared: each against the block of those that follow within that distance.
+    order = np.flatnonzero(telling)
+    order = order[np.argsort(means[order], kind="stable")]
+    sorted_means = means[order]
+    ends = np.searchsorted(sorted_means, sorted_means + np.float32(SAME_PICTURE**0.5), side="right")
+    floats = thumbnails[order].astype(np.float32)
+    squares = np.einsum("ij,ij->i", floats, floats)
+    block = 256
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
+        end = int(ends[stop - 1])
+        if end - start < 2:
+            continue
+        distance = squares[start:stop, None] + squares[None, start:end] - 2 * floats[start:stop] @ floats[start:end].T
+        for i, j in np.argwhere(distance < SAME_PICTURE * thumbnails.shape[1] + 64):  # 64: float32 cancellation
+            if i < j and same_picture(floats[start + i], floats[start + j], SAME_PICTURE):
+                joins["same_picture"] += groups.join(known[order[start + i]], known[order[start + j]])
+    return groups, joins
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\n{name}".encode()).digest()
+
+
+def split_by_group(group_of: Sequence[str], strata: Sequence[str], test_fraction: float, seed: int) -> list[str]:
+    """ "train" or "test" for each row. Rows of one group stay together.
+
+    Within each stratum (a row's group belongs to the stratum of its first row) the groups are taken in an order that
+    only the seed and the group's name decide, until the test rows are as near to ``test_fraction`` as they come.
+    """
+    sizes = Counter(group_of)
+    groups: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    for group, stratum in zip(group_of, strata, strict=True):
+        if group not in seen:
+            seen.add(group)
+            groups[stratum].append(group)
+    test: set[str] = set()
+    for members in groups.values():
+        wanted = test_fraction * sum(sizes[group] for group in members)
+        taken = 0
+        for group in sorted(members, key=lambda name: _rank(seed, name)):
+            if abs(taken + sizes[group] - wanted) < abs(taken - wanted):
+                test.add(group)
+                taken += sizes[group]
+    return ["test" if group in test else "train" for group in group_of]
+
+
+def row_group_names(questions: Sequence[Question], groups: Groups) -> list[str]:
+    """The group of each question; several images of one question bind their groups together."""
+    for question in questions:
+        for other in question.images[1:]:
+            groups.join(question.images[0], other)
+    return [groups.find(question.images[0]) for question in questions]
