@@ -82,7 +82,33 @@ class _UnpackedVision:
         return self._unpack(self._model.visual(*args, **kwargs))[0]
 
 
+def position_ids_of_equal_lengths(module: ModuleType) -> None:
+    """A batch whose sequences are all of one length stops the run ("Expected cond to be True", verl 0.9.1 with
+    TransferQueue 0.1.11). Qwen2-VL's position ids, (4, length) a sample, travel as a nested tensor; torch takes the
+    first dimension for the ragged one when every length is the same, and ``maybe_fix_3d_position_ids``
+    (verl/utils/tensordict_utils.py) then declares the last one ragged without looking. Here the tensor is built again
+    with the right one. Reached by a model whose answers all run to the length limit.
+    """
+    original = getattr(module, "maybe_fix_3d_position_ids", None)
+    if original is None or "_ragged_idx = 2" not in inspect.getsource(original):
+        return
+
+    @functools.wraps(original)
+    def maybe_fix_3d_position_ids(data: Any) -> None:
+        ids = data["position_ids"] if "position_ids" in data.keys() else None  # noqa: SIM118 - a TensorDict
+        if ids is not None and ids.is_nested and ids.dim() == 3:
+            values, offsets = ids.values(), ids.offsets()
+            if values.shape[-1] != int(offsets[-1]) and values.shape[0] == int(offsets[-1]):
+                samples = list(values.split(offsets.diff().tolist()))
+                data["position_ids"] = module.nested_tensor_from_tensor_list(samples, ragged_idx=2)
+                return
+        original(data)
+
+    module.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+
+
 def install() -> None:
     """Arrange for every fix to run when its module is imported."""
     after_import("verl.trainer.ppo.v1.replay_buffer", prompt_replay_buffer_poll)
     after_import("verl.models.transformers.qwen2_vl", text_only_micro_batch)
+    after_import("verl.utils.tensordict_utils", position_ids_of_equal_lengths)

@@ -1,0 +1,80 @@
+# Sourced by every recipe: messages, the profile (gpu or cpu), the Python environment, the CPU platform.
+# shellcheck shell=bash
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '\033[1m[%s]\033[0m %s\n' "$(date +%H:%M:%S)" "$*"; }
+die() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; exit 2; }
+
+# require_integer NAME MINIMUM: the variable NAME holds a whole number of at least MINIMUM.
+require_integer() {
+  local value="${!1}"
+  [[ "$value" =~ ^[0-9]+$ ]] && (( value >= $2 )) || die "$1=$value is not a whole number >= $2"
+}
+
+# require_one_of NAME WORD...: the variable NAME holds one of the words.
+require_one_of() {
+  local name="$1" value="${!1}" word
+  shift
+  for word in "$@"; do [[ "$value" == "$word" ]] && return 0; done
+  die "$name=$value is not one of: $*"
+}
+
+# Sets PROFILE to gpu or cpu (PROFILE=auto: gpu where the driver lists one).
+choose_profile() {
+  PROFILE="${PROFILE:-auto}"
+  require_one_of PROFILE auto gpu cpu
+  if [[ "$PROFILE" == auto ]]; then
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then PROFILE=gpu; else PROFILE=cpu; fi
+  fi
+  if [[ "$PROFILE" == gpu ]] && ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    die "PROFILE=gpu, but nvidia-smi lists no GPU here; PROFILE=cpu runs the same trainer and engine without one"
+  fi
+  export PROFILE
+}
+
+# install_with_progress VENV EXTRAS: this project with its extras, a line for every 20th package that pip looks at.
+install_with_progress() {
+  local log="$1/install.log"
+  if ! "$1/bin/python" -m pip install --disable-pip-version-check --progress-bar off -e "$ROOT[$2]" 2>&1 | tee "$log" \
+    | awk '/^Collecting/ { if (++n % 20 == 0) { printf "  %d packages found, now %s\n", n, $2; fflush() } }
+           /^Installing collected/ { print "  unpacking them"; fflush() }'; then
+    grep -E '^ERROR' "$log" >&2
+    die "the installation into $1 failed, see $log. Where the package index has no CPU build of torch, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels"
+  fi
+}
+
+# Sets PYTHON to an interpreter that has verl, the engine and this package; makes one where there is none.
+#   $PYTHON if set; else an active environment that has verl; else .venv-gpu or .venv-cpu in the repository.
+choose_python() {
+  local venv="${MEDR1_VENV:-$ROOT/.venv-$PROFILE}" stamp extra="${1:-$PROFILE}"
+  if [[ -n "${PYTHON:-}" ]]; then
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("verl") is None)' 2>/dev/null \
+      || die "PYTHON=$PYTHON cannot import verl; install it there (pip install '$ROOT[$PROFILE]') or unset PYTHON"
+  elif python3 -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("verl", "vllm", "ray")))' 2>/dev/null; then
+    PYTHON="$(command -v python3)"
+  else
+    # The stamp names what was installed: a half-made environment, or one of older pins, is made again.
+    stamp="$venv/.medr1-$(cat "$ROOT/pyproject.toml" <(echo "$extra") | sha256sum | cut -c1-16)"
+    if [[ ! -e "$stamp" ]]; then
+      local base="${BASE_PYTHON:-python3}"
+      "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
+        || die "$base is not Python 3.10, 3.11 or 3.12; set BASE_PYTHON to one that is"
+      say "No Python with verl here: making $venv (once; a few minutes and 4 GB)"
+      "$base" -m venv "$venv" || die "cannot make a virtual environment in $venv (Debian: apt-get install python3-venv)"
+      install_with_progress "$venv" "$extra"
+      touch "$stamp"
+    fi
+    PYTHON="$venv/bin/python"
+  fi
+  export PYTHON
+  # The package may not be installed in an environment that the user brought: this checkout serves.
+  "$PYTHON" -c 'import medr1_verl' 2>/dev/null || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+  if [[ "$PROFILE" == cpu ]]; then
+    local line
+    while IFS= read -r line; do export "${line?}"; done \
+      < <("$PYTHON" -c 'from medr1_verl import cpu; print("\n".join(f"{k}={v}" for k, v in cpu.environ().items()))')
+  fi
+  # verl's entry-point loading hides failures; named here, a plugin that cannot register stops the run.
+  export VERL_USE_EXTERNAL_MODULES="${VERL_USE_EXTERNAL_MODULES:+$VERL_USE_EXTERNAL_MODULES,}medr1_verl.plugin"
+}
