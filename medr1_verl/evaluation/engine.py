@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import json
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.questions import Question
@@ -57,6 +59,16 @@ def split_content(content: str) -> list[dict[str, str]]:
     return [{"type": "image"} if part == IMAGE_MARK else {"type": "text", "text": part} for part in parts]
 
 
+class Output(NamedTuple):
+    """One answer: its text (special tokens removed, as the reward sees it), its length in tokens, and 1 where it was
+    cut off at the limit.
+    """
+
+    text: str
+    tokens: int
+    truncated: int
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What a machine may need set; None leaves vLLM's (or this project's) own choice."""
@@ -71,14 +83,12 @@ class EngineOptions:
 class OfflineEngine:
     """One vLLM engine in this process; started once for any number of passes."""
 
-    def __init__(
-        self, model: str, options: EngineOptions | None = None, max_images: int = 1, error_log: Path | None = None
-    ):
+    def __init__(self, model: str, options: EngineOptions | None = None, max_images: int = 1, log: Path | None = None):
         """Load ``model``, a directory or a hub id; whatever is wrong with it is one line, a :class:`UserError`."""
         check_model(model)
         options = options or EngineOptions()
-        self._error_log = error_log
-        on_cpu = _prepare_process()
+        self._log = log
+        on_cpu = _prepare_process(log)
         try:
             import vllm
             from transformers import AutoProcessor
@@ -97,11 +107,16 @@ class OfflineEngine:
         if not hasattr(self._processor, "image_processor"):
             raise UserError(f"{model}: its processor takes no images; a vision-language model is needed")
         self.patch_size = getattr(self._processor.image_processor, "patch_size", 14)
+        context = options.max_model_len or _context_length(model, 4096)
         settings: dict[str, Any] = {
             "model": model,
             "tensor_parallel_size": options.tensor_parallel_size,
             "limit_mm_per_prompt": {"image": max(1, max_images), "video": 0},
-            "max_model_len": options.max_model_len or _context_length(model, 4096),
+            "max_model_len": context,
+            # Prompts in one piece, as in training: with images there is little to gain from cutting them, and on a
+            # CPU vLLM cannot take back a seeded draw for a half-read prompt ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, 8192),
             "dtype": options.dtype or ("float32" if on_cpu else "auto"),
             "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
             "seed": 0,
@@ -133,8 +148,8 @@ class OfflineEngine:
             },
         }
 
-    def ask(self, questions: Sequence[Question], decoding: Decoding, max_tokens: int) -> list[list[str]]:
-        """``decoding.n`` outputs for each question, in order; special tokens removed, as the reward sees them."""
+    def ask(self, questions: Sequence[Question], decoding: Decoding, max_tokens: int) -> list[list[Output]]:
+        """``decoding.n`` outputs for each question, in order."""
         prompts = [self.prompt(question) for question in questions]
         params = [
             self._sampling_params(
@@ -150,25 +165,40 @@ class OfflineEngine:
             results = self._llm.generate(prompts, params, use_tqdm=False)
         except Exception as error:
             raise self._fault("vLLM could not answer", error) from error
-        return [[output.text for output in result.outputs] for result in results]
+        return [
+            [Output(one.text, len(one.token_ids), int(one.finish_reason == "length")) for one in result.outputs]
+            for result in results
+        ]
 
     def _fault(self, what: str, error: Exception) -> UserError:
         """One line for the screen; the traceback goes to the log file, for whoever has to dig."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         where = ""
-        if self._error_log is not None:
-            self._error_log.parent.mkdir(parents=True, exist_ok=True)
-            self._error_log.write_text(traceback.format_exc(), encoding="utf-8")
-            where = f" (details: {self._error_log})"
+        if self._log is not None:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write("".join(traceback.format_exception(error)))
+            where = f" (details: {self._log})"
         return UserError(f"{what}: {lines[0][:300]}{where}")
 
+    def finish(self) -> None:
+        """Every answer is in: nobody needs the log any more."""
+        if self._log is not None:
+            self._log.unlink(missing_ok=True)
 
-def _prepare_process() -> bool:
-    """Environment for vLLM, before it is imported; True where it runs on the CPU."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
+
+def _prepare_process(log: Path | None) -> bool:
+    """Environment for vLLM, before it is imported; True where it runs on the CPU.
+
+    vLLM's own messages go to ``log``, also those of its engine's process, unless the user set ``VLLM_LOGGING_LEVEL``.
+    """
     from medr1_verl import cpu
 
+    if "VLLM_LOGGING_LEVEL" not in os.environ and "VLLM_LOGGING_CONFIG_PATH" not in os.environ:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("", encoding="utf-8")
+            os.environ["VLLM_LOGGING_CONFIG_PATH"] = _logging_config(log)
     on_cpu = cpu.enabled() or not _has_gpu()
     if on_cpu:
         cpu.activate()
@@ -176,6 +206,21 @@ def _prepare_process() -> bool:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         atexit.register(_quiet_exit)
     return on_cpu
+
+
+def _logging_config(log: Path) -> str:
+    """Path of a file that tells vLLM, in every process of its, to append its messages to ``log``."""
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(levelname)s %(asctime)s %(name)s: %(message)s"}},
+        "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log.resolve()), "formatter": "line"}},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="medr1-vllm-log-", delete=False) as file:
+        json.dump(config, file)
+    atexit.register(Path(file.name).unlink, missing_ok=True)
+    return file.name
 
 
 def _quiet_exit() -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.answers import majority, read_answer
 from medr1_verl.evaluation.controls import CONTROLS, SLICES, apply_control
-from medr1_verl.evaluation.engine import Decoding, EngineOptions, OfflineEngine, check_model, weights_digest
+from medr1_verl.evaluation.engine import Decoding, EngineOptions, OfflineEngine, Output, check_model, weights_digest
 from medr1_verl.evaluation.predictions import Key, PredictionFile, predictions_path
 from medr1_verl.evaluation.questions import Question, read_questions
 from medr1_verl.prompt import Template, load_template
@@ -83,8 +83,11 @@ class Engine(Protocol):
 
     chunk: int
 
-    def ask(self, questions: Sequence[Question], decoding: Decoding, max_tokens: int) -> list[list[str]]:
+    def ask(self, questions: Sequence[Question], decoding: Decoding, max_tokens: int) -> list[list[Output]]:
         """``decoding.n`` outputs for each question, in order."""
+
+    def finish(self) -> None:
+        """Called once, when every answer is in."""
 
 
 def evaluate(
@@ -143,6 +146,8 @@ def evaluate(
                 results.append(PassResult(one.control, one.decoding.name, rows))
         if file is not None:
             file.finish()
+        if engine is not None:
+            engine.finish()
     finally:
         if file is not None:
             file.close()
@@ -162,7 +167,7 @@ def _start(
 
         return ServerEngine(base_url, model, concurrency)
     print(f"starting vLLM with {model} (a minute or so)", file=sys.stderr)
-    log = None if file is None else file.path.with_suffix(".error.log")
+    log = None if file is None else file.path.with_suffix(".vllm.log")
     return OfflineEngine(model, options, max_images, log)
 
 
@@ -185,7 +190,7 @@ def _run_pass(
         assert engine is not None  # started whenever something is left to ask
         chunk = left[start : start + engine.chunk]
         outputs = engine.ask(chunk, one.decoding, about["max_tokens"])
-        new = [_row(question, texts, about) for question, texts in zip(chunk, outputs, strict=True)]
+        new = [_row(question, drawn, about) for question, drawn in zip(chunk, outputs, strict=True)]
         if file is not None:
             file.add(new)
         rows.update(((row["question_id"], one.control, one.decoding.name), row) for row in new)
@@ -193,11 +198,15 @@ def _run_pass(
     return [rows[key] for key in _keys(one, asked)]
 
 
-def _row(question: Question, outputs: Sequence[str], about: dict[str, Any]) -> dict[str, Any]:
+def _row(question: Question, outputs: Sequence[Output], about: dict[str, Any]) -> dict[str, Any]:
     """One line of the prediction file. With several samples, the first one that gives the majority's letter stands
     for all: its output, format and readings; ``preds`` and ``acc_mean`` keep the rest.
     """
-    readings = [read_answer(text, question.style, question.options, question.answer) for text in outputs]
+    readings = [
+        read_answer(output.text, question.style, question.options, question.answer)
+        | {"tokens": output.tokens, "truncated": output.truncated}
+        for output in outputs
+    ]
     chosen = readings[0]
     samples: dict[str, Any] = {}
     if len(readings) > 1:

@@ -14,7 +14,7 @@ from PIL import Image
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation import evaluate as module
 from medr1_verl.evaluation.controls import GREY, apply_control
-from medr1_verl.evaluation.engine import Decoding, check_model, split_content, weights_digest
+from medr1_verl.evaluation.engine import Decoding, Output, check_model, split_content, weights_digest
 from medr1_verl.evaluation.evaluate import Pass, accuracy_table, evaluate, main, model_name
 from medr1_verl.evaluation.predictions import KEYS, PredictionFile, read_rows
 from medr1_verl.evaluation.questions import read_questions
@@ -80,7 +80,10 @@ class TableEngine:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise UserError("the engine died")
         self.asked += [question.question_id for question in questions]
-        return [["<think>so</think><answer>A</answer>"] * decoding.n for _ in questions]
+        return [[Output("<think>so</think><answer>A</answer>", 9, 0)] * decoding.n for _ in questions]
+
+    def finish(self):
+        pass
 
 
 @pytest.fixture
@@ -264,7 +267,7 @@ def test_a_broken_line_in_the_middle_is_named(parquet, model, engine, tmp_path):
 def test_samples_vote(parquet, model, monkeypatch):
     class Sampler(TableEngine):
         def ask(self, questions, decoding, max_tokens):
-            tagged = [f"<think>so</think><answer>{letter}</answer>" for letter in "BAAC"]
+            tagged = [Output(f"<think>so</think><answer>{letter}</answer>", 9, 0) for letter in "BAAC"]
             return [tagged[: decoding.n] for _ in questions]
 
     monkeypatch.setattr(module, "_start", lambda *args: Sampler())
