@@ -35,22 +35,22 @@ GUARDS = (
         lambda m: m.get(PEARSON, 1.0) < 0.99,
         patience=3,
         fatal=True,
-        advice="the engine samples from other weights, or sees other pixels, than the actor trains on. With vLLM >= 0.28 "
-        "set actor_rollout_ref.rollout.load_format=auto; else compare rollout.dtype with the actor's precision",
+        advice="the engine samples from other weights, or sees other pixels, than the actor trains on. With vLLM >= "
+        "0.28 set actor_rollout_ref.rollout.load_format=auto; else compare rollout.dtype with the actor's precision",
     ),
     Guard(
         "no group has an advantage",
         _all_equal_groups,
         patience=5,
-        advice="every answer of a prompt earns the same, so nothing is learned. Raise rollout.n or the temperature, use "
-        "harder rows, or algorithm.filter_groups.enable=True",
+        advice="every answer of a prompt earns the same, so nothing is learned. Raise rollout.n or the temperature, "
+        "use harder rows, or algorithm.filter_groups.enable=True",
     ),
     Guard(
         "no answer has the format",
         lambda m: m.get("reward/all/format", 1.0) == 0.0,
         patience=10,
-        advice="the model never writes the blocks that the style asks for. Check STYLE against the rows' prompts, raise "
-        "data.max_response_length, or start from a supervised model (recipes/run_medr1_sft.sh)",
+        advice="the model never writes the blocks that the style asks for. Check STYLE against the rows' prompts, "
+        "raise data.max_response_length, or start from a supervised model (recipes/run_medr1_sft.sh)",
     ),
     Guard(
         "every answer is cut off",

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ import pyarrow.parquet as pq
 from medr1_verl import processes
 from medr1_verl.cli import run as run_command
 from medr1_verl.errors import UserError
+from medr1_verl.evaluation.engine import check_model
 
 _GIB = 2**30
 # Measured peaks of a run with the tiny model, with room to spare; a real model on a CPU needs more.
@@ -38,37 +37,22 @@ def check_parquet(path: Path, name: str) -> int:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); convert the data again") from None
+        raise UserError(
+            f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); convert the data again"
+        ) from None
     if file.metadata.num_rows == 0:
         raise UserError(f"{path} has no rows; check the converter's manifest.json and rejected.jsonl")
     columns = set(file.schema_arrow.names)
     missing = [c for c in ("data_source", "prompt", "images", "reward_model", "extra_info") if c not in columns]
     if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}; convert the data with data_prep/omnimedvqa_to_parquet.py")
+        raise UserError(
+            f"{path} has no column {missing[0]!r}; convert the data with data_prep/omnimedvqa_to_parquet.py"
+        )
     row = next(file.iter_batches(batch_size=1)).to_pylist()[0]
     marks = sum(str(turn.get("content", "")).count("<image>") for turn in row["prompt"])
     if marks != len(row["images"] or ()):
         raise UserError(f"{path}: the first row has {marks} <image> marks and {len(row['images'] or ())} images")
     return file.metadata.num_rows
-
-
-def check_model(path: str) -> None:
-    """A local model folder must be whole; a hub name is left to transformers."""
-    folder = Path(path)
-    if not folder.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return
-        raise UserError(f"MODEL_PATH={path} does not exist")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"MODEL_PATH={path} has no config.json: not a Hugging Face model folder")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"MODEL_PATH={path}: config.json is not JSON") from None
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"MODEL_PATH={path} has no weights (*.safetensors)")
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise UserError(f"MODEL_PATH={path} has no preprocessor_config.json: without its image processor the model is blind")
 
 
 def check_machine(profile: str, run_dir: Path) -> None:
@@ -92,7 +76,9 @@ def check_machine(profile: str, run_dir: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}; set RUNS_DIR to a folder that can be written") from None
+        raise UserError(
+            f"cannot write to {run_dir}: {error.strerror}; set RUNS_DIR to a folder that can be written"
+        ) from None
 
 
 def _available_memory() -> int:
@@ -146,7 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_machine(args.profile, args.run_dir)
     rows = check_parquet(args.train, "training")
     check_parquet(args.val, "validation")
-    check_model(args.model)
+    try:
+        check_model(args.model)
+    except UserError as error:
+        raise UserError(f"MODEL_PATH: {error}") from None
     check_batches(rows, args.train_batch, args.samples, args.mini_batch, args.gpus)
     end_leftovers(args.run_dir)
     return 0

@@ -2,6 +2,7 @@
 
     python -m medr1_verl.run_folder open runs/NAME --resume auto --total-steps 20 --setting model=... --setting data=...
     python -m medr1_verl.run_folder checkpoint runs/NAME        prints the folder of the last whole checkpoint
+    python -m medr1_verl.run_folder join runs/NAME              metrics of all interruptions into one metrics.jsonl
 
 Layout (verl 0.9): ``checkpoints/global_step_N/actor/model_world_size_W_rank_R.pt`` and ``data.pt``, with the last
 complete N in ``checkpoints/latest_checkpointed_iteration.txt``, which verl writes after everything else.
@@ -108,7 +109,7 @@ def _set_metrics_aside(run_dir: Path) -> None:
 
 
 def read_metrics(run_dir: Path) -> dict[int, dict]:
-    """Metrics by step, over all interruptions; of a step that was done twice, the later. A torn last line is left out."""
+    """Metrics by step, over all interruptions; of a step that was done twice, the later. Torn lines are left out."""
     steps: dict[int, dict] = {}
     for path in [*sorted((run_dir / "logs").glob("metrics.*.jsonl")), run_dir / "metrics.jsonl"]:
         if not path.exists():
@@ -148,12 +149,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     opening.add_argument("--resume", choices=("auto", "disable"), default="auto")
     opening.add_argument("--total-steps", type=int)
     opening.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE")
-    checkpoint = commands.add_parser("checkpoint")
-    checkpoint.add_argument("run_dir", type=Path)
+    for name in ("checkpoint", "join"):
+        commands.add_parser(name).add_argument("run_dir", type=Path)
     args = parser.parse_args(argv)
     if args.command == "open":
         settings = dict(setting.split("=", 1) for setting in args.setting)
         print(f"  {open_run(args.run_dir, args.resume, args.total_steps, settings)}")
+        return 0
+    if args.command == "join":
+        join_metrics(args.run_dir)
         return 0
     found = whole_checkpoint(args.run_dir)
     if found is None:

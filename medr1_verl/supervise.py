@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -147,18 +148,20 @@ _ACTOR_PREFIX = re.compile(r"^\((?:\w+ )?pid=\d+[^)]*\)\s*")
 
 
 def _cause_in(log: Path) -> str | None:
-    """The last line of the log that looks like an exception's message."""
+    """The last line of the log that looks like an exception's message, or what hydra says of a wrong argument."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, os.path.getsize(log) - 200_000))
-            lines = file.read().decode(errors="replace").splitlines()
+            lines = [
+                _ACTOR_PREFIX.sub("", _ANSI.sub("", line)).strip()
+                for line in file.read().decode(errors="replace").splitlines()
+            ]
     except OSError:
         return None
-    for line in reversed(lines):
-        line = _ACTOR_PREFIX.sub("", _ANSI.sub("", line)).strip()
-        if _EXCEPTION.match(line):
-            return line[:400]
-    return None
+    for number, line in enumerate(lines):
+        if line.startswith(("Could not override", "Error parsing override", "In 'ppo_trainer'")):
+            return " ".join(lines[number : number + 3])
+    return next((line[:400] for line in reversed(lines) if _EXCEPTION.match(line)), None)
 
 
 class _VitalSigns:
@@ -186,7 +189,9 @@ class _VitalSigns:
         return None
 
 
-def supervise(command: Sequence[str], run_dir: Path, total_steps: int | None = None, stall_seconds: float = 1800) -> Outcome:
+def supervise(
+    command: Sequence[str], run_dir: Path, total_steps: int | None = None, stall_seconds: float = 1800
+) -> Outcome:
     """Run ``command`` to its end and return what was seen. See the module's text for what is watched."""
     run_dir = run_dir.resolve()
     logs = run_dir / "logs"
@@ -202,8 +207,12 @@ def supervise(command: Sequence[str], run_dir: Path, total_steps: int | None = N
     milestones = list(_MILESTONES)
 
     processes.adopt_orphans()
+    # Sockets and Ray's session go to a folder of this run that ends with it. A short path: sockets allow 107 bytes.
+    scratch = tempfile.TemporaryDirectory(prefix="medr1-", dir="/tmp", ignore_cleanup_errors=True)
     environment = {
         **os.environ,
+        "TMPDIR": scratch.name,
+        "RAY_TMPDIR": scratch.name,
         processes.RUN_MARK: str(run_dir),
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "PYTHONUNBUFFERED": "1",
@@ -244,7 +253,9 @@ def supervise(command: Sequence[str], run_dir: Path, total_steps: int | None = N
                 missing_since = now
             if missing_since is not None and now - missing_since > _GRACE_SECONDS and trainer.poll() is None:
                 detail = _cause_in(log)
-                outcome.cause = f"{missing} died and the trainer did not end by itself" + (f": {detail}" if detail else "")
+                outcome.cause = f"{missing} died and the trainer did not end by itself" + (
+                    f": {detail}" if detail else ""
+                )
                 return outcome
             if now - heard > stall_seconds:
                 outcome.cause = f"the trainer has printed nothing for {stall_seconds:.0f} s (STALL_SECONDS)"
@@ -271,6 +282,7 @@ def supervise(command: Sequence[str], run_dir: Path, total_steps: int | None = N
         processes.end(processes.descendants(os.getpid()))
         processes.end(processes.marked(run_dir))
         processes.reap()
+        scratch.cleanup()
         outcome.seconds = time.monotonic() - started
         outcome.exit_code = trainer.returncode
         (run_dir / "supervision.json").write_text(json.dumps(vars(outcome), indent=1) + "\n")
@@ -284,7 +296,9 @@ def _as_keyboard_interrupt(*_: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medr1_verl.supervise", description=__doc__.split("\n")[0])
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run; logs/ and metrics.jsonl go there")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="folder of the run; logs/ and metrics.jsonl go there"
+    )
     parser.add_argument("--steps", type=int, help="steps that the run will take, for the progress bar")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the trainer's command line")
     args = parser.parse_args(argv)

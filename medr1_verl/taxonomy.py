@@ -35,10 +35,10 @@ _QUESTION_TYPE_BY_KEY = {_key(raw): slug for slug, raw in QUESTION_TYPES.items()
 
 
 def modality_slug(raw: object) -> str | None:
-    """Slug of a raw ``modality_type`` (case, spaces and punctuation do not matter), or None if it is not one of the 8."""
+    """Slug of a raw ``modality_type``, or None. Case, spaces and punctuation do not matter."""
     return _MODALITY_BY_KEY.get(_key(raw)) if isinstance(raw, str) else None
 
 
 def question_type_slug(raw: object) -> str | None:
-    """Slug of a raw ``question_type``, or None if it is not one of the 5."""
+    """Slug of a raw ``question_type``, or None. Case, spaces and punctuation do not matter."""
     return _QUESTION_TYPE_BY_KEY.get(_key(raw)) if isinstance(raw, str) else None

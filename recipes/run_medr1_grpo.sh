@@ -23,6 +23,7 @@ N_GPUS="${N_GPUS:-}"                          # GPUs of each node; default: all.
 NNODES="${NNODES:-1}"
 RESUME="${RESUME:-auto}"                      # auto: go on from the last checkpoint of this name; disable: start anew
 GUARD="${GUARD:-stop}"                        # stop | warn | off: what to do when rollout and actor disagree
+DRY_RUN="${DRY_RUN:-}"                        # 1: print verl's command line, one argument a line, and end
 EMBEDDED="${EMBEDDED:-}"                      # 1: the embedded default (drawn images, tiny model), on a GPU too
 
 require_one_of RESUME auto disable
@@ -72,9 +73,11 @@ TOTAL_EPOCHS="${TOTAL_EPOCHS:-1}"
 MINI_BATCH_SIZE="${MINI_BATCH_SIZE:-$TRAIN_BATCH_SIZE}"
 TOKENS_PER_GPU="${TOKENS_PER_GPU:-$((8 * (MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH)))}"  # tokens of one forward pass
 TEMPERATURE="${TEMPERATURE:-1.0}"
+EVALUATE="${EVALUATE:-1}"                     # 0: no evaluation after training
 EVAL_LIMIT="${EVAL_LIMIT:-}"                  # rows of the test file that the final evaluation answers; empty: all
 for name in TRAIN_BATCH_SIZE ROLLOUT_N MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH TOTAL_EPOCHS MINI_BATCH_SIZE; do require_integer "$name" 1; done
 [[ -z "$TOTAL_STEPS" ]] || require_integer TOTAL_STEPS 1
+require_one_of EVALUATE 0 1
 (( ROLLOUT_N > 1 )) || die "ROLLOUT_N=1: GRPO compares the answers of a group, so it needs at least 2"
 if [[ "$PROFILE" == gpu ]]; then
   gpus_here="$(nvidia-smi -L | grep -c GPU)"
@@ -93,7 +96,7 @@ mkdir -p "$RUNS_DIR" 2>/dev/null && exec 9>>"$RUNS_DIR/.$RUN_NAME.lock" \
 flock -n 9 || die "$RUN_DIR is in use by another run; wait for it or set RUN_NAME"
 
 # --- the embedded default: drawn images, converted like any data set, and a tiny Qwen2-VL ------------------------
-if [[ -n "$EMBEDDED" ]]; then
+if [[ -n "$EMBEDDED" && -z "$DRY_RUN" ]]; then
   say "Embedded default: drawn images of 8 modalities and a tiny Qwen2-VL (made once, then kept)"
   embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" 9>&-)"
   DATA_DIR="${DATA_DIR:-$embedded/data}"
@@ -102,7 +105,7 @@ fi
 TRAIN_FILE="$DATA_DIR/train.parquet"
 VAL_FILE="$DATA_DIR/test.parquet"
 
-"$PYTHON" -m medr1_verl.preflight --profile "$PROFILE" --run-dir "$RUN_DIR" --train "$TRAIN_FILE" --val "$VAL_FILE" \
+[[ -n "$DRY_RUN" ]] || "$PYTHON" -m medr1_verl.preflight --profile "$PROFILE" --run-dir "$RUN_DIR" --train "$TRAIN_FILE" --val "$VAL_FILE" \
   --model "$MODEL_PATH" --train-batch "$TRAIN_BATCH_SIZE" --mini-batch "$MINI_BATCH_SIZE" --samples "$ROLLOUT_N" \
   --gpus $((N_GPUS * NNODES)) 9>&-
 
@@ -240,8 +243,8 @@ fi
 
 TRAINING=("$PYTHON" -m verl.trainer.main_ppo
   "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${REWARD[@]}" "${TRAINER[@]}" "${RAY[@]}"
-  hydra.run.dir="$RUN_DIR" hydra.output_subdir=config "$@")
-if [[ -n "${PRINT_COMMAND:-}" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
+  hydra.run.dir="$RUN_DIR" hydra.output_subdir=config hydra/job_logging=disabled "$@")
+if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 
 # --- train, merge, evaluate, sum up --------------------------------------------------------------------------------
 say "Training $RUN_NAME: $(basename "$MODEL_PATH") on $TRAIN_FILE, $PROFILE profile, logs in $RUN_DIR/logs"
@@ -255,3 +258,18 @@ rm -rf "$RUN_DIR/model.partial"
 "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$checkpoint/actor" --target_dir "$RUN_DIR/model.partial" \
   >"$RUN_DIR/logs/merge.log" 2>&1 9>&- || { tail -n 3 "$RUN_DIR/logs/merge.log" >&2; die "merging failed, see $RUN_DIR/logs/merge.log"; }
 rm -rf "$RUN_DIR/model" && mv "$RUN_DIR/model.partial" "$RUN_DIR/model"
+
+if [[ "$EVALUATE" == 1 ]]; then
+  EVALUATION=("$PYTHON" -m medr1_verl.cli evaluate --data "$VAL_FILE" --control none blank --temperature 0 1
+    --max-tokens "$MAX_RESPONSE_LENGTH" --seed "$SEED" ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} ${STYLE:+--style "$STYLE"})
+  [[ "$PROFILE" == gpu ]] && EVALUATION+=(--gpu-memory "${EVAL_GPU_MEMORY:-0.85}")
+  before="${embedded:-$RUN_DIR}/before.jsonl"
+  say "Evaluating the model before training (kept for the next run where nothing changed)"
+  "${EVALUATION[@]}" --model "$MODEL_PATH" --name before --output "$before" >"$RUN_DIR/logs/evaluate_before.log" 9>&-
+  say "Evaluating the trained model"
+  "${EVALUATION[@]}" --model "$RUN_DIR/model" --name "$RUN_NAME" --output "$RUN_DIR/predictions.jsonl" >"$RUN_DIR/logs/evaluate.log" 9>&-
+fi
+
+say "Done"
+"$PYTHON" -m medr1_verl.run_folder join "$RUN_DIR" 9>&-
+"$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" ${before:+--before "$before"} 9>&-

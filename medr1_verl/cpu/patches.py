@@ -143,7 +143,7 @@ def offload_without_pinned_memory(module: ModuleType) -> None:
     original = module.CPUOffloadPolicy
     if original is None:
         return _note(offload_without_pinned_memory, False)
-    module.CPUOffloadPolicy = lambda pin_memory=False: original(pin_memory=False)
+    module.__dict__["CPUOffloadPolicy"] = lambda pin_memory=False: original(pin_memory=False)
     _note(offload_without_pinned_memory, True)
 
 
@@ -181,7 +181,7 @@ def linear_layers_stay_unpacked(module: ModuleType) -> None:
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = linear
 
-    module.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+    module.__dict__["dispatch_cpu_unquantized_gemm"] = dispatch_cpu_unquantized_gemm
     _note(linear_layers_stay_unpacked, True)
 
 
