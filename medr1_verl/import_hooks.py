@@ -62,7 +62,7 @@ _finder = _Finder()
 
 def _ensure_installed() -> None:
     if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _finder)
 
 
 def after_import(name: str, action: After) -> None:

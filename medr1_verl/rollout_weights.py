@@ -2,7 +2,7 @@
 
 Set ``MEDR1_ROLLOUT_WEIGHTS=FILE.safetensors`` for a run, and after every sync vLLM's worker writes its parameters
 and buffers there (under vLLM's names: it stacks q, k and v). The merged checkpoint, loaded into a fresh engine, must
-give the same tensors. verl itself has no such check, and a rollout with stale or wrong weights raises no error (verl 0.9.1).
+give the same tensors. verl 0.9.1 has no such check, and a rollout with stale or wrong weights raises no error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from medr1_verl.import_hooks import after_import
@@ -28,7 +27,7 @@ def write_weights(model: Any, file: Path) -> None:
     partial.rename(file)
 
 
-def _write_after_sync(module: ModuleType) -> None:
+def _write_after_sync(module: Any) -> None:
     extension = module.vLLMColocateWorkerExtension
     original = extension.update_weights_from_ipc
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from types import ModuleType
 from typing import Any
 
 from medr1_verl.import_hooks import after_import
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_SECONDS = 0.1
 
 
-def prompt_replay_buffer_poll(module: ModuleType) -> None:
+def prompt_replay_buffer_poll(module: Any) -> None:
     """The V1 replay buffer looks for finished groups every 2 s and has no configuration key for it (verl 0.9.1,
     trainer/ppo/v1/replay_buffer.py), so every rollout takes a multiple of 2 s: a second a step on average. The look
     itself takes milliseconds. Applies wherever the default is still above ours.
@@ -38,7 +37,7 @@ def prompt_replay_buffer_poll(module: ModuleType) -> None:
     buffer.__init__ = __init__
 
 
-def text_only_micro_batch(module: ModuleType) -> None:
+def text_only_micro_batch(module: Any) -> None:
     """A micro-batch without any image crashes Qwen2-VL under transformers 5 (verl 0.9.0 and 0.9.1,
     models/transformers/qwen2_vl.py: the vision tower's output object has no ``mean``). Reached even with an
     all-image data set, through the padding samples of the V1 trainer. verl unpacks that output everywhere else with
@@ -82,7 +81,7 @@ class _UnpackedVision:
         return self._unpack(self._model.visual(*args, **kwargs))[0]
 
 
-def position_ids_of_equal_lengths(module: ModuleType) -> None:
+def position_ids_of_equal_lengths(module: Any) -> None:
     """A batch whose sequences are all of one length stops the run ("Expected cond to be True", verl 0.9.1 with
     TransferQueue 0.1.11). Qwen2-VL's position ids, (4, length) a sample, travel as a nested tensor; torch takes the
     first dimension for the ragged one when every length is the same, and ``maybe_fix_3d_position_ids``

