@@ -1,12 +1,13 @@
 """Reads a completion: which blocks it has, what stands in them, which option the answer names.
 
-A scan with ``str.find`` and ``str.count`` only, so that time grows linearly with the text whatever it
-repeats: a lazy pattern such as ``<think>.*?</think>`` takes quadratic time on repeated tags.
+A scan with ``str.find`` only, so that time grows linearly with the text whatever it repeats: a lazy pattern such as
+``<think>.*?</think>`` takes quadratic time on repeated tags.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from medr1_verl.styles import BLOCKS, STYLES, Style
@@ -29,6 +30,7 @@ _INVISIBLE = (
     "\u206c\u206d\u206e\u206f\u2800\u3164\ufe00\ufe01\ufe0e\ufe0f\ufeff\uffa0"
 )
 _BLANK = _INVISIBLE + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+_MAX_ENDING = 80  # characters of a completion's end that are worth remembering
 
 
 class Parsed(NamedTuple):
@@ -55,14 +57,55 @@ def parse(text: str, style: str | Style = "think", options: Sequence[str] | None
     The answer is read even where the format is broken elsewhere, provided that there is exactly one answer block
     and that it does not stand inside reasoning: format and accuracy are separate rewards.
     """
-    spec = style if isinstance(style, Style) else STYLES[style]
-    contents = _blocks(text, spec)
-    if contents is None:
-        answer = _only_block(text, "<answer>", "</answer>", inside_of=("<think>", "</think>"))
-        return Parsed(False, reasoning(text), answer, "" if answer is None else option_letter(answer, options))
-    think, answer = contents
-    well_formed = answer != "" and (think.strip(_BLANK) != "" or not spec.reasons)
-    return Parsed(well_formed, think, answer, option_letter(answer, options))
+    well_formed, answer = read(text, style if isinstance(style, Style) else STYLES[style])
+    return Parsed(well_formed, reasoning(text), answer, option_letter(answer, options) if answer else "")
+
+
+def read(text: str, style: Style) -> tuple[bool, str | None]:
+    """(format, answer) of :class:`Parsed`: all that the score needs, and all that it pays for.
+
+    Reasoning without any "<" cannot change what its completion is, and what follows it is one of a handful of strings
+    in a run; so that ending is scanned once, behind a one-letter reasoning, and remembered.
+    """
+    if style.blocks[0] == "think" and text.startswith("<think>"):
+        end = text.find("<", 7)
+        if end > 7 and len(text) - end <= _MAX_ENDING and "!" <= text[7] <= "~":
+            return _scan_ending(text[end:], style)
+    return _scan(text, style)
+
+
+@lru_cache(maxsize=4096)
+def _scan_ending(ending: str, style: Style) -> tuple[bool, str | None]:
+    return _scan("<think>x" + ending, style)
+
+
+def _scan(text: str, style: Style) -> tuple[bool, str | None]:
+    position = 0
+    answer = ""
+    filled = True
+    for opening, closing, opening_length, closing_length, is_answer in style.scan:
+        start = position
+        if not text.startswith(opening, start):
+            # Then the next "<" must start the tag: anything else before it is text outside the blocks.
+            start = text.find("<", position)
+            if not text.startswith(opening, start) or not text[position:start].isspace():
+                return False, _lone_answer(text)
+        start += opening_length
+        end = text.find("<", start)
+        if not text.startswith(closing, end):  # a "<" inside the block; fine unless it starts a tag
+            end = text.find(closing, start)
+            if end < 0 or any(text.find(tag, start, end) >= 0 for tag in _ALL_TAGS):
+                return False, _lone_answer(text)
+        if is_answer:
+            answer = text[start:end].strip()
+        elif not ("!" <= text[start] <= "~"):  # the usual first character settles it without a copy
+            filled = text[start:end].strip(_BLANK) != ""
+        elif start == end:
+            filled = False
+        position = end + closing_length
+    if position != len(text) and not text[position:].isspace():
+        return False, _lone_answer(text)
+    return filled and answer != "", answer
 
 
 def option_letter(answer: str, options: Sequence[str] | None = None) -> str:
@@ -80,66 +123,24 @@ def option_letter(answer: str, options: Sequence[str] | None = None) -> str:
     for normalize in (str.strip, _text_key):
         wanted = normalize(answer)
         found = [
-            index for index, option in enumerate(options) if isinstance(option, str) and normalize(option) == wanted
+            letter
+            for letter, option in zip(LETTERS, options, strict=False)
+            if isinstance(option, str) and normalize(option) == wanted
         ]
         if found:
-            return LETTERS[found[0]] if len(found) == 1 and found[0] < len(LETTERS) else ""
+            return found[0] if len(found) == 1 else ""
     return ""
-
-
-def _text_key(text: str) -> str:
-    return text.strip().removesuffix(".").rstrip().lower()
-
-
-def _blocks(text: str, spec: Style) -> tuple[str, str] | None:
-    """(think, answer), each stripped, when the text is exactly the blocks of the style, in order; else None."""
-    position = 0
-    think = answer = ""
-    for opening, closing in spec.tags:
-        start = text.find(opening, position)
-        if start < 0 or (start > position and not text[position:start].isspace()):
-            return None
-        start += len(opening)
-        end = text.find(closing, start)
-        if end < 0:
-            return None
-        if opening == "<answer>":
-            answer = text[start:end].strip()
-        else:
-            think = text[start:end].strip()
-        position = end + len(closing)
-    if position < len(text) and not text[position:].isspace():
-        return None
-    # The usual text has no other "<", which settles at once that no tag occurs a second time.
-    if text.count("<") != 2 * len(spec.tags) and any(
-        text.count(tag) != (1 if any(tag in pair for pair in spec.tags) else 0) for tag in _ALL_TAGS
-    ):
-        return None
-    return think, answer
-
-
-def _only_block(text: str, opening: str, closing: str, inside_of: tuple[str, str] | None = None) -> str | None:
-    """Content of the block if the text has exactly one, and not inside another block that is still open; else None."""
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    start = text.find(opening)
-    end = text.find(closing)
-    if end < start:
-        return None
-    if inside_of is not None and text.rfind(inside_of[0], 0, start) > text.rfind(inside_of[1], 0, start):
-        return None
-    return text[start + len(opening) : end].strip()
 
 
 def reasoning(text: str) -> str:
     """The reasoning, stripped; "" where there is not exactly one such block. Needs no style."""
-    return _only_block(text, "<think>", "</think>") or ""
+    return _lone_block(text, "think")
 
 
 def why_malformed(text: str, style: str | Style = "think") -> str:
     """The first reason why :func:`parse` does not call the text well formed, in words; "" if it does."""
     spec = style if isinstance(style, Style) else STYLES[style]
-    if parse(text, spec).format:
+    if read(text, spec)[0]:
         return ""
     own = [tag for pair in spec.tags for tag in pair]
     for tag in own:
@@ -151,7 +152,41 @@ def why_malformed(text: str, style: str | Style = "think") -> str:
             return f"{tag} has no place in the {spec.name} style"
     if sorted(own, key=text.find) != own:
         return "blocks out of order: " + " ".join(sorted(own, key=text.find))
-    if _blocks(text, spec) is None:
+    outside = text
+    for opening, closing in spec.tags:
+        before, _, rest = outside.partition(opening)
+        outside = before + rest.partition(closing)[2]
+    if outside.strip():
         return "text outside the blocks"
-    answer = _only_block(text, "<answer>", "</answer>")
-    return "empty <answer>" if not answer else "empty <think>"
+    return "empty <answer>" if not _lone_block(text, "answer") else "empty <think>"
+
+
+def _text_key(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip().lower()
+
+
+def _lone_answer(text: str) -> str | None:
+    """Content of the answer block of a malformed text, if it has exactly one, and not inside reasoning; else None."""
+    span = _lone_span(text, "<answer>", "</answer>")
+    if span is None or text.rfind("<think>", 0, span[0]) > text.rfind("</think>", 0, span[0]):
+        return None
+    return text[span[0] : span[1]].strip()
+
+
+def _lone_block(text: str, block: str) -> str:
+    """Stripped content of the block if the text has each of its two tags once and in order; else ""."""
+    span = _lone_span(text, f"<{block}>", f"</{block}>")
+    return "" if span is None else text[span[0] : span[1]].strip()
+
+
+def _lone_span(text: str, opening: str, closing: str) -> tuple[int, int] | None:
+    end = text.rfind(closing)
+    start = text.rfind(opening, 0, end) if end >= 0 else -1
+    if (
+        start < 0
+        or text.find(closing, 0, end) >= 0
+        or text.find(opening, 0, start) >= 0
+        or text.find(opening, end) >= 0
+    ):
+        return None
+    return start + len(opening), end

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medr1_verl.errors import UserError
+from medr1_verl.parsing import LETTERS
 from medr1_verl.styles import STYLES, Style
 
 IMAGE_MARK = "<image>"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _FIELD = re.compile(
     r"\{\{\s*(question|options|options_inline|style)\s*\}\}|\{(question|options|options_inline|style)\}"
@@ -46,16 +46,17 @@ def render_prompt(
     then stands for all of them. Raises KeyError for a style that does not exist.
     """
     template = template or DEFAULT_TEMPLATE
+    has_options = len(options) > 0  # not bool(options): a row's options may be a numpy array
     values = {
         "question": question.strip(),
         "options": "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)),
         "options_inline": ", ".join(f"{letter}){option}" for letter, option in zip(LETTERS, options, strict=False)),
-        "style": template.instructions.get(style) or _instruction(STYLES[style], bool(len(options))),
+        "style": template.instructions.get(style) or _instruction(STYLES[style], has_options),
     }
     body = template.body
     marks = IMAGE_MARK * n_images
     body = body.replace(IMAGE_MARK, marks, 1) if IMAGE_MARK in body else marks + body
-    if not len(options):  # the field's own line goes with it
+    if not has_options:  # the field's own line goes with it
         body = re.sub(r"^[ \t]*(\{\{\s*options\s*\}\}|\{options\})[ \t]*\n", "", body, flags=re.MULTILINE)
     # One pass over the template: braces inside a question or an option are text.
     return _FIELD.sub(lambda match: values[match[1] or match[2]], body)

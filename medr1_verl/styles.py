@@ -13,7 +13,7 @@ BLOCKS = ("think", "answer")
 """Every block that some style has. A tag of a block that a style does not have is a format fault in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Style:
     """One answer style: ``blocks`` are tag names in the order in which the answer must have them."""
 
@@ -23,9 +23,13 @@ class Style:
     """What the prompt asks for, with ``{answer}`` where it says what stands in the answer block."""
     tags: tuple[tuple[str, str], ...] = field(init=False)
     """(opening tag, closing tag) of each block, in order; what the parser looks for."""
+    scan: tuple[tuple[str, str, int, int, bool], ...] = field(init=False, repr=False)
+    """The same, laid out for the parser's inner loop: with both lengths, and whether it is the answer block."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tags", tuple((f"<{block}>", f"</{block}>") for block in self.blocks))
+        tags = tuple((f"<{block}>", f"</{block}>") for block in self.blocks)
+        object.__setattr__(self, "tags", tags)
+        object.__setattr__(self, "scan", tuple((o, c, len(o), len(c), o == "<answer>") for o, c in tags))
 
     @property
     def instruction(self) -> str:
