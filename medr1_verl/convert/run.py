@@ -20,7 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import medr1_verl
-from medr1_verl.convert import images, partition, png, publish, readers
+from medr1_verl.convert import images, partition, png, publish, readers, splits
 from medr1_verl.convert.check import check_row, normalize_option
 from medr1_verl.convert.pool import ImagePool
 from medr1_verl.convert.question import Question, RawRow, RejectedError, RejectedRow
@@ -123,6 +123,7 @@ class _TextStage:
         self.rows_read = 0
         self.filtered = 0
         self.notes: dict[str, Any] = {}
+        self.published: Counter[str] = Counter()  # rows of each split in a source that decides it
         self.source, self.image_root, rows = self._open()
         self._check(rows)
         if options.limit:
@@ -139,6 +140,13 @@ class _TextStage:
             kinds = "an OmniMedVQA folder or a .jsonl, .json or .csv file"
             problem = "is neither" if root.exists() else "does not exist; give"
             raise UserError(f"--input {root} {problem} {kinds}")
+        if options.splits:
+            raw: Iterable[RawRow] = ()
+            if (root / "QA_information").is_dir():
+                raw = readers.read_omnimedvqa(root, self.files, options.access)
+            reader = splits.SplitReader(Path(options.splits), splits.RawIndex(raw), self.files)
+            self.notes["splits"] = reader.notes
+            return "published splits", root, iter(reader)
         return "omnimedvqa", root, readers.read_omnimedvqa(root, self.files, options.access)
 
     def _keep(self, question: Question) -> bool:
@@ -150,6 +158,8 @@ class _TextStage:
         seen: dict[str, tuple[str, int]] = {}
         for raw in rows:
             self.rows_read += 1
+            if raw.split:
+                self.published[raw.split] += 1
             try:
                 question = check_row(raw)
                 if not self._keep(question):
@@ -286,12 +296,15 @@ def _assign(options: Options, text: _TextStage, records: dict[str, dict[str, Any
             assigned = partition.split_by_group(identities, strata, options.test_fraction, options.seed)
         for question, split in zip(questions, assigned, strict=True):
             question.split = split
+    facts: dict[str, Any] = {"method": method}
+    if method == "published":
+        facts["rows_in_split_files"] = dict(text.published)
+        facts["membership_as_published"] = text.published == Counter(published)
+    else:
+        facts |= {"test_fraction": options.test_fraction, "seed": options.seed}
     train_groups = {name for name, question in zip(names, questions, strict=True) if question.split == "train"}
     sizes = Counter(names)
-    return {
-        "method": method,
-        "test_fraction": options.test_fraction if method != "published" else None,
-        "seed": options.seed if method != "published" else None,
+    return facts | {
         "image_files": len(paths),
         "image_groups": len(sizes),
         "joined_by": joins,
