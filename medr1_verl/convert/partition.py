@@ -111,6 +111,26 @@ def group_images(
     return groups, joins
 
 
+def any_same_picture(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """For each thumbnail of ``first``, (n, 256) float32, whether ``second`` has nearly the same; bool of shape (n,).
+
+    Thumbnails with too little contrast to tell pictures apart match only their exact equals.
+    """
+    hits = np.zeros(len(first), bool)
+    if not len(second):
+        return hits
+    exact = {row.tobytes() for row in second}
+    telling = second[second.std(axis=1) >= MIN_CONTRAST]
+    squares = np.einsum("ij,ij->i", telling, telling)
+    for i, row in enumerate(first):
+        if row.tobytes() in exact:
+            hits[i] = True
+        elif len(telling) and row.std() >= MIN_CONTRAST:
+            near = np.argmin(squares - 2 * telling @ row)
+            hits[i] = same_picture(row, telling[near], SAME_PICTURE)
+    return hits
+
+
 def _rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}\n{name}".encode()).digest()
 

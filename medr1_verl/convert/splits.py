@@ -93,6 +93,8 @@ class RawIndex:
 
 
 def _split_files(folder: Path) -> list[tuple[str, Path]]:
+    if folder.is_file():
+        return [("test" if folder.stem.endswith("_test") else "train", folder)]
     files = [(split, path) for split in _SPLITS for path in sorted((folder / split).glob("*.json"))]
     if files:
         return files
@@ -137,13 +139,15 @@ class _Sibling:
 
 
 class SplitReader:
-    """Rows of a folder of split files as :class:`RawRow`, with counts for the manifest in :attr:`notes`."""
+    """Rows of split files as :class:`RawRow`, with counts for the manifest in :attr:`notes`.
+
+    ``folder`` holds ``train`` and ``test``, or is one split file.
+    """
 
     def __init__(self, folder: Path, raw: RawIndex, files: list[SourceFile]):
-        self.folder = folder
         self.raw = raw
         self.files = files
-        self.sibling = _Sibling(folder)
+        self.sibling = _Sibling(folder.parents[1] if folder.is_file() and len(folder.parents) > 1 else folder)
         self._label: tuple[str | None, str | None] = None, None  # slugs that the file's name gives
         self.paths = _split_files(folder)
         self.notes = {
