@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udf
 # Marks with a meaning in the prompt: verl splits the text at <image>, <video> and <audio>, the reward looks for
 # <think> and <answer>, and <|...|> are Qwen2-VL's own control tokens.
 _MARKS = re.compile(r"<\s*/?\s*(?:image|video|audio|think|answer)\s*/?\s*>|<\|[^<>|\s]{1,64}\|>", re.IGNORECASE)
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][^\\:\x00-\x1f\x7f-\x9f]*")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][^\\:\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]*")
 _SUSPECT = re.compile(r"[<\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = convert(Options(**vars(arguments)))
     table = summary(result, time.monotonic() - begin)
     if arguments.dry_run:
-        print(json.dumps(result.manifest, indent=1, ensure_ascii=False))
+        print(json.dumps(result.manifest, indent=1))
         print(table, file=sys.stderr)
     else:
         print(table)

@@ -232,20 +232,13 @@ def _locked(folder: Path) -> Iterator[None]:
         stream.close()
 
 
-def _prepare(options: Options) -> Path:
-    output = Path(os.path.abspath(options.output))
-    publish.check_target(output)
-    staging = _staging(output)
-    try:
-        if staging.exists() and not options.resume:
-            print(
-                f"starting over: an unfinished run was found ({staging}); --resume would go on from it", file=sys.stderr
-            )
-            shutil.rmtree(staging)
-        (staging / "shards").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise publish.disk_error(error, staging) from None
-    return staging
+def _start_over(staging: Path) -> None:
+    """Throw away what an unfinished run has left, but for the lock, which is held."""
+    left = [path for path in staging.iterdir() if path.name != "lock"]
+    if left:
+        print(f"starting over: an unfinished run was found ({staging}); --resume goes on from it", file=sys.stderr)
+    for path in left:
+        shutil.rmtree(path)
 
 
 def _image_settings(options: Options, root: Path, folder: str) -> dict[str, Any]:
@@ -468,9 +461,15 @@ def convert(options: Options) -> Result:
     """
     if options.dry_run:
         return _convert(options, None)
-    staging = _prepare(options)
+    output = Path(os.path.abspath(options.output))
+    publish.check_target(output)
+    staging = _staging(output)
     try:
+        staging.mkdir(parents=True, exist_ok=True)
         with _locked(staging):
+            if not options.resume:
+                _start_over(staging)
+            (staging / "shards").mkdir(exist_ok=True)
             return _convert(options, staging)
     except OSError as error:
         raise publish.disk_error(error, staging) from None

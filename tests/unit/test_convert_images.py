@@ -1,0 +1,216 @@
+"""Image file -> picture: modes, orientation, transparency, sizes, fidelity, metadata."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, PngImagePlugin
+
+from medr1_verl.convert import images
+from medr1_verl.convert.images import convert_image, fitted_size, visible
+from medr1_verl.convert.png import encode_png
+from medr1_verl.convert.question import RejectedError
+
+RAMP = np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    return Image.fromarray(np.clip(smooth + rng.normal(0, 5, smooth.shape), 0, 255).astype(np.uint8))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 10 * np.log10(255**2 / error) if error else 100.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("1", "L"), ("L", "L"), ("LA", "L"), ("P", "L"), ("RGB", "L"), ("RGBA", "L"), ("I;16", "L")],
+)
+def test_png_modes(mode, expected):
+    # the ramp is grey in every mode, and three equal channels are stored as one
+    ramp = Image.fromarray(RAMP)
+    other = {"I;16": Image.fromarray(RAMP.astype(np.uint16) * 16), "P": ramp.quantize(256)}
+    pixels = convert_image(file_of(other.get(mode) or ramp.convert("RGB").convert(mode)), 384).pixels
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (64, 96) + ((3,) if expected == "RGB" else ())
+    if mode != "1":
+        assert np.corrcoef(pixels.ravel(), RAMP.ravel())[0, 1] > 0.99
+
+
+def test_colour_stays_colour():
+    pixels = np.asarray(photo(60, 50))
+    assert np.array_equal(convert_image(file_of(Image.fromarray(pixels)), 384).pixels, pixels)
+    almost_grey = np.repeat(RAMP[:, :, None], 3, axis=2)
+    almost_grey[17, 31, 2] ^= 1
+    assert convert_image(file_of(Image.fromarray(almost_grey)), 384).pixels.shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("TIFF", Image.fromarray(RAMP.astype(np.float32) / 1000 - 0.05)),
+        ("TIFF", Image.fromarray(RAMP.astype(np.int32) * 100000 - 7)),
+        ("TIFF", Image.fromarray(RAMP.astype(np.uint16) + 1000)),
+        ("TIFF", Image.fromarray(RAMP).convert("CMYK")),
+        ("JPEG", Image.fromarray(RAMP).convert("CMYK")),
+        ("BMP", Image.fromarray(RAMP).convert("RGB")),
+        ("GIF", Image.fromarray(RAMP)),
+        ("WEBP", Image.fromarray(RAMP).convert("RGB")),
+        ("PPM", Image.fromarray(RAMP)),
+    ],
+)
+def test_other_formats_show_the_ramp(kind, image):
+    pixels = convert_image(file_of(image, kind), 384).pixels
+    grey = np.asarray(Image.fromarray(pixels).convert("L"), int)
+    assert np.corrcoef(grey.ravel(), RAMP.ravel())[0, 1] > 0.98
+    assert grey.max() - grey.min() > 100  # visible
+
+
+def test_deep_data_fill_the_range_whatever_a_hot_pixel_does():
+    values = (RAMP.astype(np.uint16) + 1000).repeat(4, 0).repeat(4, 1)
+    values[0, 0] = 65535
+    shown = visible(values)
+    assert np.percentile(shown, 99) > 240
+    assert np.percentile(shown, 1) < 15
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.full((9, 9), 700, np.uint16), 0),  # nothing to see is black, not noise
+        (np.where(np.eye(9) > 0, np.nan, 1.0), 0),
+    ],
+)
+def test_flat_data(values, expected):
+    assert (visible(values) == expected).all()
+
+
+def test_no_finite_value_is_unreadable():
+    with pytest.raises(RejectedError):
+        visible(np.full((9, 9), np.nan))
+
+
+def test_tiff_white_is_zero_16_bit_is_inverted():
+    image = Image.fromarray(RAMP.astype(np.uint16) * 100)
+    plain = convert_image(file_of(image, "TIFF"), 384).pixels
+    inverted = convert_image(file_of(image, "TIFF", tiffinfo={262: 0}), 384).pixels
+    assert np.abs(255 - inverted.astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    image = photo(90, 60)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = file_of(image, "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(convert_image(data, 384).pixels, expected)
+
+
+def test_transparency_is_shown_on_white():
+    image = Image.new("RGBA", (40, 40), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 20, 40))
+    pixels = convert_image(file_of(image), 384).pixels
+    assert tuple(pixels[5, 5]) == (255, 255, 255)
+    assert tuple(pixels[5, 35]) == (200, 0, 0)
+
+
+def test_all_transparent_is_shown_all_the_same():
+    image = Image.merge("LA", (Image.fromarray(RAMP), Image.new("L", (96, 64), 0)))
+    assert np.array_equal(convert_image(file_of(image), 384).pixels, RAMP)
+
+
+def test_the_extension_does_not_matter_and_metadata_stays_behind():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("PatientName", "Doe^Jane")
+    exif = Image.Exif()
+    exif[0x010E] = "Doe^Jane"
+    for data in (file_of(photo(50, 50), "PNG", pnginfo=info, exif=exif), file_of(photo(50, 50), "JPEG", exif=exif)):
+        assert b"Doe" in data
+        stored = encode_png(convert_image(data, 384).pixels)
+        assert b"Doe" not in stored
+        assert Image.open(io.BytesIO(stored)).info == {}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "limit", "expected", "why"),
+    [
+        (1000, 500, 384, (384, 192), "the longer side decides"),
+        (300, 200, 384, (300, 200), "never enlarged"),
+        (5000, 4000, 0, (5000, 4000), "0 keeps the size"),
+        (20, 20, 384, (28, 28), "but for the model's minimum side"),
+        (10, 40, 0, (28, 112), "also without a limit"),
+        (2000, 20, 384, (2800, 28), "the minimum wins over the limit"),
+        (112, 112, 28, (28, 28), "the smallest limit"),
+        (1001, 333, 384, (384, 128), "rounded to the nearest pixel"),
+    ],
+)
+def test_sizes(width, height, limit, expected, why):
+    assert fitted_size(width, height, limit) == expected, why
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((5, 5), "image_too_small"), ((7, 300), "image_too_small"), ((4000, 19), "image_too_small")],
+)
+def test_too_small(size, reason):
+    with pytest.raises(RejectedError) as caught:
+        convert_image(file_of(Image.new("L", size)), 384)
+    assert caught.value.reason == reason
+
+
+def test_size_is_read_before_anything_is_decoded():
+    data = bytearray(file_of(Image.new("L", (300, 300))))
+    data[16:24] = (60000).to_bytes(4, "big") * 2  # the header now promises 3.6 billion pixels
+    with pytest.raises(RejectedError) as caught:
+        convert_image(bytes(data), 384)
+    assert caught.value.reason in ("image_too_large", "unreadable_image")
+
+
+@pytest.mark.parametrize("size", [(1024, 768), (2048, 1536), (512, 512), (700, 90)])
+@pytest.mark.parametrize("limit", [384, 112])
+def test_fidelity_to_a_full_decode_with_pillows_lanczos(size, limit):
+    data = file_of(photo(*size), "JPEG", quality=92)
+    full = Image.open(io.BytesIO(data))
+    pixels = convert_image(data, limit).pixels
+    reference = np.asarray(full.resize(fitted_size(*size, limit), Image.Resampling.LANCZOS))
+    assert psnr(pixels, reference) >= 60
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (1, 1), (300, 200), (64, 96, 3), (28, 900, 3)])
+def test_png_is_lossless_and_plain(shape):
+    pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    image = Image.open(io.BytesIO(encode_png(pixels)))
+    assert image.mode == ("L" if len(shape) == 2 else "RGB")
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_lossy_says_what_it_costs():
+    pixels = np.asarray(photo(200, 150))
+    best, best_psnr = images.lossy(pixels, 95)
+    worst, worst_psnr = images.lossy(pixels, 40)
+    assert len(worst) < len(best) < len(encode_png(pixels))
+    assert 20 < worst_psnr < best_psnr < 60
+
+
+def test_dicom(shared_dir):
+    pytest.importorskip("pydicom")
+    shapes = {"CT_small.dcm": (128, 128), "MR_small.dcm": (64, 64), "color-pl.dcm": (240, 320, 3)}
+    for name, shape in shapes.items():
+        data = (shared_dir / "data" / "dicom_raw" / name).read_bytes()
+        pixels = convert_image(data, 384).pixels
+        assert pixels.ndim == len(shape), name
+        assert pixels.std() > 20, name
+        assert b"CompressedSamples" not in encode_png(pixels)
