@@ -18,6 +18,7 @@ from typing import Any
 
 from medr1_verl.cli import run as run_command
 from medr1_verl.errors import UserError
+from medr1_verl.evaluation.predictions import read_rows
 from medr1_verl.guards import PEARSON
 from medr1_verl.run_folder import read_metrics, step_of, whole_checkpoint
 
@@ -29,9 +30,7 @@ class Answers:
     """Shares (0-1) of one prediction file, by control and by greedy or sampled decoding; None where none were asked."""
 
     def __init__(self, path: Path | None) -> None:
-        self.rows: list[dict[str, Any]] = []
-        if path is not None and path.is_file():
-            self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        self.rows = list(read_rows(path)) if path is not None and path.is_file() else []
 
     def _of(self, control: str, sampled: bool) -> list[dict[str, Any]]:
         return [r for r in self.rows if r["control"] == control and (r["decoding"] != _GREEDY) == sampled]

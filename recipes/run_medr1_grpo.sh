@@ -55,7 +55,8 @@ if [[ -n "$EMBEDDED" ]]; then
   MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-40}"
   TEST_FREQ="${TEST_FREQ:--1}"                # validate at the start and the end only
   SAVE_FREQ="${SAVE_FREQ:-10}"
-  VAL_SAMPLES="${VAL_SAMPLES:-128}"
+  VAL_SAMPLES="${VAL_SAMPLES:-64}"
+  EVAL_LIMIT="${EVAL_LIMIT:-128}"
 else
   # The paper's settings: 4 prompts x 4 answers a step, one epoch, temperature 1, KL 0.04 in the loss.
   TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-4}"
@@ -243,7 +244,7 @@ fi
 
 TRAINING=("$PYTHON" -m verl.trainer.main_ppo
   "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${REWARD[@]}" "${TRAINER[@]}" "${RAY[@]}"
-  hydra.run.dir="$RUN_DIR" hydra.output_subdir=config hydra/job_logging=disabled "$@")
+  hydra.run.dir="$RUN_DIR" hydra.output_subdir=config hydra.job_logging.handlers.file.filename="$RUN_DIR/logs/driver.log" "$@")
 if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 
 # --- train, merge, evaluate, sum up --------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ rm -rf "$RUN_DIR/model.partial"
 rm -rf "$RUN_DIR/model" && mv "$RUN_DIR/model.partial" "$RUN_DIR/model"
 
 if [[ "$EVALUATE" == 1 ]]; then
-  EVALUATION=("$PYTHON" -m medr1_verl.cli evaluate --data "$VAL_FILE" --control none blank --temperature 0 1
+  EVALUATION=("$PYTHON" -m medr1_verl.cli evaluate --data "$VAL_FILE" --pass none:0 blank:0 none:1
     --max-tokens "$MAX_RESPONSE_LENGTH" --seed "$SEED" ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} ${STYLE:+--style "$STYLE"})
   [[ "$PROFILE" == gpu ]] && EVALUATION+=(--gpu-memory "${EVAL_GPU_MEMORY:-0.85}")
   before="${embedded:-$RUN_DIR}/before.jsonl"

@@ -339,6 +339,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="what tables call the model (default: the run's or the directory's name)")
     parser.add_argument("--control", nargs="+", default=["none"], choices=CONTROLS, help="default: none")
     parser.add_argument(
+        "--pass",
+        dest="passes",
+        nargs="+",
+        type=_control_and_temperature,
+        metavar="CONTROL:T",
+        help="exactly these passes instead of every control at every temperature, as in: none:0 blank:0 none:1",
+    )
+    parser.add_argument(
         "--shuffle-within",
         default="modality",
         choices=tuple(SLICES),
@@ -375,14 +383,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _control_and_temperature(text: str) -> tuple[str, float]:
+    control, _, temperature = text.partition(":")
+    if control not in CONTROLS:
+        raise argparse.ArgumentTypeError(f"{control!r} is not one of {', '.join(CONTROLS)}")
+    try:
+        return control, float(temperature)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CONTROL:TEMPERATURE, such as none:0") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    asked = args.passes or [(control, temperature) for temperature in args.temperature for control in args.control]
     passes = [
         Pass(control, Decoding(temperature, args.n if temperature else 1, args.top_p, args.seed))
-        for temperature in dict.fromkeys(args.temperature)
-        for control in dict.fromkeys(args.control)
+        for control, temperature in dict.fromkeys(asked)
     ]
-    if args.n > 1 and not any(args.temperature):
+    if args.n > 1 and not any(one.decoding.temperature for one in passes):
         raise UserError(f"--n {args.n} needs a --temperature above 0")
     started = time.monotonic()
     results = evaluate(
