@@ -20,14 +20,17 @@ require_one_of() {
   die "$name=$value is not one of: $*"
 }
 
+# Number of GPUs that the driver lists here. (Counted to the end: with pipefail, grep -q would break the pipe.)
+count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
+
 # Sets PROFILE to gpu or cpu (PROFILE=auto: gpu where the driver lists one).
 choose_profile() {
   PROFILE="${PROFILE:-auto}"
   require_one_of PROFILE auto gpu cpu
   if [[ "$PROFILE" == auto ]]; then
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then PROFILE=gpu; else PROFILE=cpu; fi
+    if (( $(count_gpus) > 0 )); then PROFILE=gpu; else PROFILE=cpu; fi
   fi
-  if [[ "$PROFILE" == gpu ]] && ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  if [[ "$PROFILE" == gpu ]] && (( $(count_gpus) == 0 )); then
     die "PROFILE=gpu, but nvidia-smi lists no GPU here; PROFILE=cpu runs the same trainer and engine without one"
   fi
   export PROFILE

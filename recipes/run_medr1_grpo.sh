@@ -81,7 +81,7 @@ for name in TRAIN_BATCH_SIZE ROLLOUT_N MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH TOT
 require_one_of EVALUATE 0 1
 (( ROLLOUT_N > 1 )) || die "ROLLOUT_N=1: GRPO compares the answers of a group, so it needs at least 2"
 if [[ "$PROFILE" == gpu ]]; then
-  gpus_here="$(nvidia-smi -L | grep -c GPU)"
+  gpus_here="$(count_gpus)"
   N_GPUS="${N_GPUS:-$gpus_here}"
   require_integer N_GPUS 1
   (( NNODES > 1 || N_GPUS <= gpus_here )) || die "N_GPUS=$N_GPUS, but this machine has $gpus_here"
