@@ -130,11 +130,9 @@ def evaluate(
         for one in passes:
             asked = apply_control(questions, one.control, control_seed, shuffle_within, template)
             about_pass = about | {"control": one.control, "decoding": one.decoding.name, "max_tokens": max_tokens}
-            for question in asked:
-                _check_same(
-                    known.get((question.question_id, one.control, one.decoding.name)), question, about_pass, file
-                )
             todo.append((one, asked, about_pass))
+        if file is not None and (reason := _stale(todo, file)):
+            print(f"{reason}; asking all again, the earlier answers are in {file.set_aside()}", file=sys.stderr)
         left = sum(key not in known for one, asked, _ in todo for key in _keys(one, asked))
         if left:
             max_images = max(question.n_images for question in questions)
@@ -242,25 +240,34 @@ def prompt_sha256(question: Question) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_same(
-    row: dict[str, Any] | None, question: Question, about: dict[str, Any], file: PredictionFile | None
-) -> None:
-    """Refuse to go on from answers that another model, prompt, image or setting gave."""
-    if row is None or file is None:
-        return
-    now = {
-        "weights": about["weights"],
-        "max_tokens": about["max_tokens"],
-        "prompt_sha256": prompt_sha256(question),
-        "image_sha256": question.image_sha256,
-        "answer": question.answer,
-    } | ({} if about["weights"] else {"model": about["model"]})
-    for key, value in now.items():
-        if row.get(key) != value:
-            raise UserError(
-                f"{file.path}: answered {question.question_id!r} ({about['control']}, {about['decoding']}) with "
-                f"{key} {row.get(key)!r}, now it is {value!r}; give another --output, or --fresh to ask all again"
-            )
+def _stale(todo: Iterable[tuple[Pass, Sequence[Question], dict[str, Any]]], file: PredictionFile) -> str:
+    """Why answers in the file cannot be gone on from, "" where they can.
+
+    A run trained on, or evaluated with other settings, under its own name is asked anew. Raises :class:`UserError` for
+    answers of a model of another name: that file was given by mistake.
+    """
+    for one, asked, about in todo:
+        for question in asked:
+            row = file.rows.get((question.question_id, one.control, one.decoding.name))
+            if row is None:
+                continue
+            now = {
+                "weights": about["weights"],
+                "max_tokens": about["max_tokens"],
+                "prompt_sha256": prompt_sha256(question),
+                "image_sha256": question.image_sha256,
+                "answer": question.answer,
+            }
+            differing = [key for key, value in now.items() if row.get(key) != value]
+            if row["model"] != about["model"]:
+                raise UserError(
+                    f"{file.path}: holds answers of model {row['model']!r}, not of {about['model']!r}; "
+                    "give another --output, or --fresh to replace them"
+                )
+            if differing:
+                key = differing[0]
+                return f"{file.path}: was made with {key} {str(row.get(key))!r}, now it is {str(now[key])!r}"
+    return ""
 
 
 def model_name(model: str) -> str:

@@ -112,6 +112,14 @@ class PredictionFile:
         os.replace(beside, self.partial)
         return file
 
+    def set_aside(self) -> Path:
+        """Keep the answers so far as ``<name>.old`` and start with none; returns that path."""
+        old = self.path.with_name(self.path.name + ".old")
+        os.replace(self.path if self.path.is_file() else self.partial, old)
+        self.partial.unlink(missing_ok=True)
+        self.rows.clear()
+        return old
+
     def finish(self) -> None:
         """All answers are in: give the file its name."""
         if self._file is None and (self.partial.is_file() or not self.path.is_file()):

@@ -137,7 +137,6 @@ def _question(file: Path, number: int, row: dict[str, Any], images: pa.ChunkedAr
         raise UserError(f"{file}, row {number}: ground truth {answer!r} is no letter of its {len(options)} options")
     if info["style"] not in STYLES:
         raise UserError(f"{file}, row {number}: style {info['style']!r} is not one of {', '.join(STYLES)}")
-    hashes = info["image_sha256"]
     return Question(
         question_id=str(info["question_id"]),
         data_source=row["data_source"],
@@ -149,7 +148,7 @@ def _question(file: Path, number: int, row: dict[str, Any], images: pa.ChunkedAr
         question=info["question"],
         options=options,
         answer=answer,
-        image_sha256=hashes if isinstance(hashes, str) else "+".join(hashes),
+        image_sha256=info["image_sha256"],  # one line for each image of the row
         load_images=lambda: _decode(file, number, images[number].as_py()),
     )
 

@@ -244,15 +244,23 @@ def test_finished_rows_are_not_asked_again(parquet, model, engine, tmp_path):
     assert len(engine.asked) == 36
 
 
-def test_answers_of_another_run_are_refused(parquet, model, engine, tmp_path):
+def test_answers_of_another_model_are_refused(parquet, model, engine, tmp_path):
     evaluate(model, [parquet], [Pass()], tmp_path)
-    with pytest.raises(UserError, match=r"max_tokens 256, now it is 7; give another --output"):
-        evaluate(model, [parquet], [Pass()], tmp_path, max_tokens=7)
-    with pytest.raises(UserError, match="prompt_sha256"):
-        evaluate(model, [parquet], [Pass()], tmp_path, style="no-think")
-    (model / "model.safetensors").write_text("trained on")
-    with pytest.raises(UserError, match="weights"):
-        evaluate(model, [parquet], [Pass()], tmp_path)
+    with pytest.raises(UserError, match="holds answers of model 'tiny', not of 'other'; give another --output"):
+        evaluate(model, [parquet], [Pass()], tmp_path, name="other")
+
+
+@pytest.mark.parametrize("change", ["weights", "max_tokens", "style"])
+def test_a_changed_run_of_the_same_name_is_asked_anew(parquet, model, engine, tmp_path, capsys, change):
+    evaluate(model, [parquet], [Pass()], tmp_path)
+    if change == "weights":
+        (model / "model.safetensors").write_text("trained on")
+    settings = {"max_tokens": 7} if change == "max_tokens" else {"style": "no-think"} if change == "style" else {}
+    evaluate(model, [parquet], [Pass()], tmp_path, **settings)
+    assert len(engine.asked) == 24
+    assert "asking all again, the earlier answers are in" in capsys.readouterr().err
+    assert len(list(read_rows(tmp_path / "predictions.jsonl"))) == 12
+    assert len(list(read_rows(tmp_path / "predictions.jsonl.old"))) == 12
 
 
 def test_a_broken_line_in_the_middle_is_named(parquet, model, engine, tmp_path):

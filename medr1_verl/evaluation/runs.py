@@ -1,0 +1,262 @@
+"""Prediction files as arrays: which runs there are, that they answered the same rows, and what they were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from medr1_verl.errors import UserError
+from medr1_verl.evaluation.predictions import FILE_NAME, read_rows
+from medr1_verl.option_prior import PSEUDO_COUNT, OptionPrior, exact, normalized
+from medr1_verl.prompt import LETTERS
+from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
+
+READINGS = {"strict": "acc", "tolerant": "acc_tolerant", "reference": "acc_reference"}
+SLICES = {"modality": tuple(MODALITIES), "question_type": tuple(QUESTION_TYPES)}
+_MEASURES = ("acc", "acc_tolerant", "acc_reference", "parsed", "parsed_tolerant", "format", "tokens", "truncated")
+
+
+@dataclass
+class Questions:
+    """The rows that were asked, each once, whichever files they came from."""
+
+    ids: dict[str, int] = field(default_factory=dict)
+    modality: list[str] = field(default_factory=list)
+    question_type: list[str] = field(default_factory=list)
+    image: list[str] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    n_options: list[int] = field(default_factory=list)
+    options: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any], file: Path) -> int:
+        """Index of the row's question; raises :class:`UserError` where another file asked it otherwise."""
+        index = self.ids.setdefault(row["question_id"], len(self.ids))
+        plain = row.get("control", "none") != "relettered"
+        if index == len(self.modality):
+            self.modality.append(row["modality"])
+            self.question_type.append(row["question_type"])
+            self.image.append(row["image_sha256"])
+            self.answer.append(row["answer"] if plain else "")
+            self.n_options.append(row["n_options"])
+            self.options.append(tuple(row.get("options") or ()) if plain else ())
+            return index
+        if plain and not self.answer[index]:
+            self.answer[index], self.options[index] = row["answer"], tuple(row.get("options") or ())
+        if (
+            self.image[index] != row["image_sha256"]
+            or (plain and self.answer[index] != row["answer"])
+            or self.modality[index] != row["modality"]
+        ):
+            raise UserError(
+                f"{file}: question {row['question_id']!r} has another image, answer or modality than in the other files; "
+                "tables compare answers to the same data set only"
+            )
+        return index
+
+
+@dataclass
+class Run:
+    """One model's answers. ``measures[control][name]`` has one value for every question, nan where it was not asked."""
+
+    name: str
+    files: list[Path]
+    styles: set[str]
+    trained_on: str | None
+    measures: dict[str, dict[str, NDArray[np.float32]]]
+
+    def asked(self, control: str = "none") -> NDArray[np.bool_]:
+        return ~np.isnan(self.measures[control]["acc"])
+
+
+def load_runs(sources: Sequence[str], decoding: str | None = None) -> tuple[Questions, list[Run]]:
+    """Read every source (``PATH`` or ``NAME=PATH``; a directory stands for the prediction files in it).
+
+    Files of the same name make one run, so that a model's slices, or its controls, may be in files of their own.
+    ``decoding`` picks one where a file holds several; None takes greedy answers, or the only other kind there is.
+    Raises :class:`UserError` for an unfinished or broken file, a question answered twice, and different data.
+    """
+    questions = Questions()
+    collected: dict[str, _Collected] = {}
+    for source in sources:
+        name, path = _split_source(source)
+        for file in _prediction_files(path):
+            _collect(file, name, decoding, questions, collected)
+    total = len(questions.ids)
+    runs = []
+    for name, parts in collected.items():
+        measures = {}
+        for control, (indices, values) in parts.answers.items():
+            matrix = np.full((len(_MEASURES), total), np.nan, dtype=np.float32)
+            matrix[:, indices] = np.array(values, dtype=np.float32).T
+            measures[control] = dict(zip(_MEASURES, matrix, strict=True))
+        if "none" not in measures:
+            raise UserError(
+                f"{parts.files[0]}: has answers under {', '.join(measures)} only; controls need control none"
+            )
+        runs.append(Run(name, parts.files, parts.styles, trained_slice(name), measures))
+    return questions, runs
+
+
+@dataclass
+class _Collected:
+    files: list[Path] = field(default_factory=list)
+    styles: set[str] = field(default_factory=set)
+    answers: dict[str, tuple[list[int], list[list[float]]]] = field(default_factory=dict)
+    seen: set[tuple[str, int]] = field(default_factory=set)
+
+
+def _collect(
+    file: Path, name: str | None, decoding: str | None, questions: Questions, collected: dict[str, _Collected]
+) -> None:
+    wanted = decoding or _only_decoding(file)
+    found = False
+    for row in read_rows(file):
+        if row.get("decoding", "greedy") != wanted:
+            continue
+        try:
+            parts = collected.setdefault(name or row["model"], _Collected())
+            index = questions.add(row, file)
+            control = row.get("control", "none")
+            if (control, index) in parts.seen:
+                raise UserError(
+                    f"{file}: question {row['question_id']!r} ({control}) is answered twice for {name or row['model']!r}; "
+                    "give each file once, and runs of their own names as NAME=PATH"
+                )
+            parts.seen.add((control, index))
+            if file not in parts.files:
+                parts.files.append(file)
+            parts.styles.add(row["style"])
+            indices, values = parts.answers.setdefault(control, ([], []))
+            indices.append(index)
+            values.append(_values(row))
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: question {row['question_id']!r} lacks {error}; was it written by medr1 evaluate?"
+            ) from error
+        found = True
+    if not found:
+        raise UserError(f"{file}: has no answers decoded {wanted!r}")
+
+
+def _values(row: dict[str, Any]) -> list[float]:
+    nan = float("nan")
+    tolerant = row.get("pred_tolerant")
+    return [
+        row["acc"],
+        row.get("acc_tolerant", nan),
+        row.get("acc_reference", nan),
+        row["parsed"],
+        nan if tolerant is None else float(tolerant != ""),
+        row["format"],
+        row.get("tokens", nan),
+        row.get("truncated", nan),
+    ]
+
+
+def _only_decoding(file: Path) -> str:
+    kinds = {row.get("decoding", "greedy") for row in read_rows(file)}
+    if "greedy" in kinds or not kinds:
+        return "greedy"
+    if len(kinds) > 1:
+        raise UserError(f"{file}: holds answers decoded {', '.join(sorted(kinds))}; pick one with --decoding")
+    return kinds.pop()
+
+
+def _split_source(source: str) -> tuple[str | None, Path]:
+    name, separator, path = source.partition("=")
+    if separator and name and "/" not in name:
+        return name, Path(path)
+    return None, Path(source)
+
+
+def _prediction_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or directory; give what medr1 evaluate wrote")
+    found = [path / FILE_NAME] if (path / FILE_NAME).is_file() else sorted(path.glob(f"*/{FILE_NAME}"))
+    if found:
+        return found
+    if (path / f"{FILE_NAME}.partial").is_file():
+        raise UserError(f"{path}: its evaluation did not finish; run the same medr1 evaluate again to go on, then this")
+    raise UserError(f"{path}: no {FILE_NAME} in it or one level below; run medr1 evaluate first")
+
+
+def trained_slice(name: str) -> str | None:
+    """The modality or question type that a run's name says it was trained on: ``ct``, ``grpo-ct``, ``sft_lesion_grading``."""
+    for slug in (*MODALITIES, *QUESTION_TYPES):
+        if name == slug or name.endswith((f"-{slug}", f"_{slug}", f"/{slug}")):
+            return slug
+    return None
+
+
+def check_styles(runs: Sequence[Run]) -> None:
+    """Refuse runs of several styles: their prompts differ, so their difference is not the model's alone."""
+    styles = {style: run.name for run in runs for style in sorted(run.styles)}
+    if len(styles) > 1:
+        told = ", ".join(f"{name} is {style}" for style, name in styles.items())
+        raise UserError(f"runs of different styles in one table ({told}); compare styles with --styles")
+
+
+# --- training rows: what the blind prior may learn, and which images are known -------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Options and images of the training rows; ``modality`` and ``question_type`` say which slice each is of."""
+
+    modality: list[str]
+    question_type: list[str]
+    image: list[str]
+    options: list[tuple[str, ...]]
+    gold: list[int]
+
+    def of(self, trained_on: str | None) -> Iterator[int]:
+        """Row numbers of one slice; of all rows with None."""
+        for number, slugs in enumerate(zip(self.modality, self.question_type, strict=True)):
+            if trained_on is None or trained_on in slugs:
+                yield number
+
+    def images(self, trained_on: str | None) -> set[str]:
+        return {part for number in self.of(trained_on) for part in self.image[number].split("\n")}
+
+    def prior(self, trained_on: str | None, normalize: bool) -> OptionPrior:
+        rows = [(self.options[number], self.gold[number]) for number in self.of(trained_on) if self.options[number]]
+        return OptionPrior(rows, normalized if normalize else exact, PSEUDO_COUNT)
+
+    def majority_letter(self, trained_on: str | None) -> str:
+        """The letter that is right most often in the slice."""
+        counts = np.bincount([self.gold[number] for number in self.of(trained_on) if self.options[number]], minlength=1)
+        return LETTERS[int(counts.argmax())]
+
+
+def read_training_rows(paths: Iterable[str | Path]) -> TrainingRows:
+    """The training parquets in ``paths``; a directory stands for its ``train.parquet``, or those one level below."""
+    rows = TrainingRows([], [], [], [], [])
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            own = path / "train.parquet"
+            files = [own] if own.is_file() else sorted(path.glob("*/train.parquet"))
+        if not files or not all(file.is_file() for file in files):
+            raise UserError(f"{path}: no training parquet there; give the train.parquet that medr1 convert wrote")
+        for file in files:
+            try:
+                infos = pq.read_table(file, columns=["extra_info"]).column("extra_info").to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+            for info in infos:
+                options = tuple(info["options"] or ())
+                rows.modality.append(info["modality"])
+                rows.question_type.append(info["question_type"])
+                rows.image.append(info["image_sha256"])  # one line for each image of the row
+                rows.options.append(options)
+                rows.gold.append(LETTERS.index(info["answer"]) if options else -1)
+    return rows
