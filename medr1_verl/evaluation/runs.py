@@ -55,8 +55,8 @@ class Questions:
             or self.modality[index] != row["modality"]
         ):
             raise UserError(
-                f"{file}: question {row['question_id']!r} has another image, answer or modality than in the other files; "
-                "tables compare answers to the same data set only"
+                f"{file}: question {row['question_id']!r} has another image, answer or modality than in the other "
+                "files; a table compares answers to one data set"
             )
         return index
 
@@ -87,12 +87,12 @@ def load_runs(sources: Sequence[str], decoding: str | None = None) -> tuple[Ques
     for source in sources:
         name, path = _split_source(source)
         for file in _prediction_files(path):
-            _collect(file, name, decoding, questions, collected)
+            _collect(file, name, questions, collected)
     total = len(questions.ids)
     runs = []
     for name, parts in collected.items():
         measures = {}
-        for control, (indices, values) in parts.answers.items():
+        for control, (indices, values) in parts.decoded(decoding).items():
             matrix = np.full((len(_MEASURES), total), np.nan, dtype=np.float32)
             matrix[:, indices] = np.array(values, dtype=np.float32).T
             measures[control] = dict(zip(_MEASURES, matrix, strict=True))
@@ -106,43 +106,52 @@ def load_runs(sources: Sequence[str], decoding: str | None = None) -> tuple[Ques
 
 @dataclass
 class _Collected:
+    """What is read of one run so far; ``answers[decoding][control]`` has question numbers and their values."""
+
     files: list[Path] = field(default_factory=list)
     styles: set[str] = field(default_factory=set)
-    answers: dict[str, tuple[list[int], list[list[float]]]] = field(default_factory=dict)
-    seen: set[tuple[str, int]] = field(default_factory=set)
+    answers: dict[str, dict[str, tuple[list[int], list[list[float]]]]] = field(default_factory=dict)
+    seen: set[tuple[str, str, int]] = field(default_factory=set)
+
+    def decoded(self, wanted: str | None) -> dict[str, tuple[list[int], list[list[float]]]]:
+        """The answers of one decoding; None takes greedy ones, or the only other kind there is."""
+        kinds = list(self.answers)
+        if wanted is None:
+            if "greedy" not in kinds and len(kinds) > 1:
+                raise UserError(f"{self.files[0]}: holds answers decoded {', '.join(kinds)}; pick one with --decoding")
+            wanted = "greedy" if "greedy" in kinds else kinds[0]
+        if wanted not in kinds:
+            raise UserError(f"{self.files[0]}: has no answers decoded {wanted!r}; it has {', '.join(kinds)}")
+        return self.answers[wanted]
 
 
-def _collect(
-    file: Path, name: str | None, decoding: str | None, questions: Questions, collected: dict[str, _Collected]
-) -> None:
-    wanted = decoding or _only_decoding(file)
-    found = False
+def _collect(file: Path, name: str | None, questions: Questions, collected: dict[str, _Collected]) -> None:
+    empty = True
     for row in read_rows(file):
-        if row.get("decoding", "greedy") != wanted:
-            continue
+        empty = False
         try:
-            parts = collected.setdefault(name or row["model"], _Collected())
+            run = name or row["model"]
+            parts = collected.setdefault(run, _Collected())
             index = questions.add(row, file)
-            control = row.get("control", "none")
-            if (control, index) in parts.seen:
+            control, decoding = row.get("control", "none"), row.get("decoding", "greedy")
+            if (decoding, control, index) in parts.seen:
                 raise UserError(
-                    f"{file}: question {row['question_id']!r} ({control}) is answered twice for {name or row['model']!r}; "
+                    f"{file}: run {run!r} answers question {row['question_id']!r} ({control}) twice; "
                     "give each file once, and runs of their own names as NAME=PATH"
                 )
-            parts.seen.add((control, index))
+            parts.seen.add((decoding, control, index))
             if file not in parts.files:
                 parts.files.append(file)
             parts.styles.add(row["style"])
-            indices, values = parts.answers.setdefault(control, ([], []))
+            indices, values = parts.answers.setdefault(decoding, {}).setdefault(control, ([], []))
             indices.append(index)
             values.append(_values(row))
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: question {row['question_id']!r} lacks {error}; was it written by medr1 evaluate?"
             ) from error
-        found = True
-    if not found:
-        raise UserError(f"{file}: has no answers decoded {wanted!r}")
+    if empty:
+        raise UserError(f"{file}: is empty; run medr1 evaluate again")
 
 
 def _values(row: dict[str, Any]) -> list[float]:
@@ -158,15 +167,6 @@ def _values(row: dict[str, Any]) -> list[float]:
         row.get("tokens", nan),
         row.get("truncated", nan),
     ]
-
-
-def _only_decoding(file: Path) -> str:
-    kinds = {row.get("decoding", "greedy") for row in read_rows(file)}
-    if "greedy" in kinds or not kinds:
-        return "greedy"
-    if len(kinds) > 1:
-        raise UserError(f"{file}: holds answers decoded {', '.join(sorted(kinds))}; pick one with --decoding")
-    return kinds.pop()
 
 
 def _split_source(source: str) -> tuple[str | None, Path]:
@@ -190,7 +190,7 @@ def _prediction_files(path: Path) -> list[Path]:
 
 
 def trained_slice(name: str) -> str | None:
-    """The modality or question type that a run's name says it was trained on: ``ct``, ``grpo-ct``, ``sft_lesion_grading``."""
+    """The modality or question type that a run's name ends with: ``ct``, ``grpo-ct``, ``sft_lesion_grading``."""
     for slug in (*MODALITIES, *QUESTION_TYPES):
         if name == slug or name.endswith((f"-{slug}", f"_{slug}", f"/{slug}")):
             return slug
