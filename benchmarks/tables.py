@@ -23,7 +23,12 @@ from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
 
 ROWS = {"ct": 3241, "dermoscopy": 1306, "fundus": 1098, "mri": 6370, "microscopy": 1110, "oct": 848, "xray": 1615}
 ROWS["ultrasound"] = 2074
-OPTIONS = ["one of the four options", "another one of the options", "a third option", "the fourth option of the question"]
+OPTIONS = [
+    "one of the four options",
+    "another one of the options",
+    "a third option",
+    "the fourth option of the question",
+]
 OUTPUT = "<think>" + "The picture shows a structure of this kind. " * 6 + "</think><answer>A</answer>"
 
 
