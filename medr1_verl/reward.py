@@ -10,11 +10,17 @@ it. So nothing is raised; what is wrong is counted, logged once per kind, and sc
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+if importlib.util.find_spec("medr1_verl") is None:  # loaded by path from a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from medr1_verl.open_answers import exact, normalize, open_metric
 from medr1_verl.parsing import LETTERS, Parsed, option_letter, parse, read

@@ -1,8 +1,12 @@
 """Reward, data set class and training metrics through verl's own code: its loader, its reward manager, its trainer."""
 
+import asyncio
+import concurrent.futures
+import logging
+
 import pytest
 
-from medr1_verl import training_metrics
+from medr1_verl import parts, reward, reward_check, training_metrics
 from medr1_verl.cpu import patches
 from medr1_verl.import_hooks import around_import
 from medr1_verl.reward import compute_score
@@ -67,3 +71,131 @@ def test_step_metrics_of_a_batch_as_transfer_queue_hands_it_out():
     assert metrics["reward/all/score"] == 1.0
     assert metrics["reward/ct/reasoning_words"] == 2
     assert metrics["reward/mri/format"] == 0
+
+
+# ------------------------------------------------------------------ the reward
+
+ROWS = [
+    ("<think>dark lungs</think><answer>C</answer>", 2.0),
+    ("<think>dark lungs</think><answer>A</answer>", 1.0),
+    ("C", 0.0),
+    ("<think></think><answer>C</answer>", 1.0),
+]
+INFO = {"options": ["MRI", "X-ray", "CT", "Ultrasound"], "style": "think", "modality": "ct", "index": 3}
+
+
+def _config(path, **kwargs):
+    from omegaconf import OmegaConf
+
+    function = {"path": path, "name": "compute_score", "reward_kwargs": kwargs}
+    return OmegaConf.create({"reward": {"custom_reward_function": function}})
+
+
+@pytest.fixture(params=["package", "path", "file url"])
+def location(request):
+    return {"package": "pkg://medr1_verl.reward", "path": reward.__file__, "file url": f"file://{reward.__file__}"}[
+        request.param
+    ]
+
+
+def test_the_reward_is_found_by_package_and_by_path_with_its_settings(location):
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    compute_score = get_custom_reward_fn(_config(location, format_weight=0.5))
+    call = {"data_source": "omnimedvqa/ct", "solution_str": ROWS[0][0], "ground_truth": "C", "extra_info": dict(INFO)}
+    assert compute_score(**call)["score"] == 1.5
+
+
+class _Tokenizer:
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids.tolist()).decode()
+
+
+def _item(text):
+    """One completion as verl's reward worker gets it."""
+    import numpy as np
+    import torch
+    from verl import DataProto
+
+    ids = torch.tensor([list(text.encode())], dtype=torch.int64)
+    return DataProto.from_dict(
+        tensors={"responses": ids, "attention_mask": torch.ones_like(ids)},
+        non_tensors={
+            "data_source": np.array(["omnimedvqa/ct"], dtype=object),
+            "reward_model": np.array([{"style": "rule", "ground_truth": "C"}], dtype=object),
+            "extra_info": np.array([dict(INFO)], dtype=object),
+            "__num_turns__": np.array([2]),
+        },
+    )
+
+
+def _through_reward_manager(location, texts, **kwargs):
+    """What verl's default reward manager makes of the completions, all in flight at once in its threads."""
+    from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    compute_score = get_custom_reward_fn(_config(location, **kwargs))
+
+    async def run():
+        manager = NaiveRewardManager(config=None, tokenizer=_Tokenizer(), compute_score=compute_score)
+        manager.loop = asyncio.get_running_loop()
+        manager.loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(16))
+        return await asyncio.gather(*(manager.run_single(_item(text)) for text in texts))
+
+    return asyncio.run(run())
+
+
+def test_in_the_threads_of_the_reward_manager(location):
+    rows = ROWS * 25
+    results = _through_reward_manager(location, [text for text, _ in rows])
+    for result, (text, score) in zip(results, rows, strict=True):
+        assert result["reward_score"] == score, text
+        assert set(result["reward_extra_info"]) == {"score", "acc", "format", "parsed", "pred"}
+
+
+def test_an_exception_planted_in_a_part_does_not_lose_the_group(monkeypatch, caplog):
+    def broken(found, info, settings):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(reward, "_faults", type(reward._faults)())
+    monkeypatch.setitem(parts.PARTS, "length", broken)
+    with caplog.at_level(logging.WARNING):
+        results = _through_reward_manager("pkg://medr1_verl.reward", [ROWS[0][0]] * 8, length_weight=0.5)
+    assert [result["reward_score"] for result in results] == [2.0] * 8
+    assert [result["reward_extra_info"]["length_part"] for result in results] == [0.0] * 8
+    assert reward.fault_counts() == {"part length": 8}
+    assert caplog.text.count("part length: ZeroDivisionError: planted") == 1
+
+
+def test_validation_gets_only_what_it_can_average():
+    """verl averages numbers and takes a majority over the string ``pred``; other values it would trip over."""
+    import numpy as np
+    from verl.trainer.ppo.metric_utils import process_validation_metrics
+
+    scores = [compute_score("omnimedvqa/ct", text, "C", INFO, length_weight=0.1) for text, _ in ROWS]
+    infos = {key: [result[key] for result in scores] for key in scores[0]} | {"reward": [1.0] * len(scores)}
+    metrics = process_validation_metrics(["omnimedvqa/ct"] * len(scores), ["u"] * len(scores), infos)
+    assert np.isclose(metrics["omnimedvqa/ct"]["acc"][f"mean@{len(scores)}"], 0.5)
+    assert np.isclose(metrics["omnimedvqa/ct"]["format"][f"mean@{len(scores)}"], 0.5)
+
+
+def test_main_ppo_refuses_a_wrong_setting_before_it_starts_ray():
+    """Through verl's own module: ``main_ppo`` takes ``validate_config`` from it after our check is in place."""
+    from hydra import compose, initialize_config_module
+    from verl.utils import config as verl_config
+
+    before = verl_config.validate_config
+    try:
+        reward_check.install()
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose(
+                "ppo_trainer",
+                overrides=[
+                    "reward.custom_reward_function.path=pkg://medr1_verl.reward",
+                    "+reward.custom_reward_function.reward_kwargs.format_weight=much",
+                ],
+            )
+        with pytest.raises(SystemExit, match=r"reward_kwargs\.format_weight: 'much' is not a finite number"):
+            verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
+    finally:
+        verl_config.validate_config = before
