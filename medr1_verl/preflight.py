@@ -22,6 +22,7 @@ from medr1_verl import processes
 from medr1_verl.cli import run as run_command
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.engine import check_model
+from medr1_verl.reward_check import check_ground_truths
 
 _GIB = 2**30
 # Measured peaks of a run with the tiny model, with room to spare; a real model on a CPU needs more.
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_machine(args.profile, args.run_dir)
     rows = check_parquet(args.train, "training")
     check_parquet(args.val, "validation")
+    check_ground_truths([args.train, args.val])
     try:
         check_model(args.model)
     except UserError as error:

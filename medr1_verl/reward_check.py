@@ -61,7 +61,7 @@ def check_reward_kwargs(kwargs: Mapping[str, Any] | None) -> None:
 def check_ground_truths(files: Iterable[str | Path]) -> None:
     """Raise :class:`UserError` if a row of these parquet files could not be scored, naming file, row and column.
 
-    Every row is looked at, but only its ``reward_model`` and ``extra_info``: no image is read.
+    Every row is looked at, but only the three fields that decide: no image is read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -76,9 +76,10 @@ def check_ground_truths(files: Iterable[str | Path]) -> None:
             if missing:
                 raise UserError(f"{path}: has no column {' and no column '.join(sorted(missing))}; convert it anew")
             number = 0
-            for batch in file.iter_batches(columns=["reward_model", "extra_info"]):
+            fields = ["reward_model.ground_truth", "extra_info.options", "extra_info.style"]
+            for batch in file.iter_batches(columns=fields):
                 for row in batch.to_pylist():
-                    fault = _row_fault(row["reward_model"] or {}, row["extra_info"] or {})
+                    fault = _row_fault(row.get("reward_model") or {}, row.get("extra_info") or {})
                     if fault:
                         raise UserError(f"{path}: row {number}: {fault}")
                     number += 1
@@ -119,6 +120,8 @@ def add_to_validation(module: ModuleType) -> None:
     if original is None:
         logger.warning("medr1_verl: this verl has no validate_config; reward_kwargs are checked by the recipes only")
         return
+    if hasattr(original, "checks_medr1_reward"):
+        return
 
     @functools.wraps(original)
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +131,7 @@ def add_to_validation(module: ModuleType) -> None:
             raise SystemExit(f"medr1_verl: {error}") from error  # one line, no traceback
         return original(config, *args, **kwargs)
 
+    validate_config.checks_medr1_reward = True  # type: ignore[attr-defined]
     module.validate_config = validate_config  # type: ignore[attr-defined]
 
 

@@ -83,8 +83,8 @@ def add_to_trainer(module: ModuleType) -> None:
     if trainer_cls is None or original is None or kv_batch_get is None:
         logger.warning("medr1_verl: this verl has no V1 trainer as of 0.9; reward parts are not logged per step")
         return
-    if "reward_extra_info" in inspect.getsource(original):
-        return  # verl reports them itself
+    if hasattr(original, "adds_reward_parts") or "reward_extra_info" in inspect.getsource(original):
+        return  # done already, or verl reports them itself
 
     @functools.wraps(original)
     def _compute_metrics(self: Any, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +97,7 @@ def add_to_trainer(module: ModuleType) -> None:
                 logger.warning("medr1_verl: reward parts of a step could not be read", exc_info=True)
         return result
 
+    _compute_metrics.adds_reward_parts = True  # type: ignore[attr-defined]
     trainer_cls._compute_metrics = _compute_metrics
 
 

@@ -138,6 +138,14 @@ def test_only_our_own_reward_is_checked(path, ours):
         assert seen == [{"use_critic": False}]
 
 
+def test_a_second_call_changes_nothing():
+    module = SimpleNamespace(validate_config=print)
+    reward_check.add_to_validation(module)
+    once = module.validate_config
+    reward_check.add_to_validation(module)
+    assert module.validate_config is once
+
+
 def test_a_verl_without_that_check_is_said_not_hidden(caplog):
     reward_check.add_to_validation(SimpleNamespace())
     assert "no validate_config" in caplog.text

@@ -98,6 +98,14 @@ def test_a_trainer_that_reports_the_parts_itself_is_left_alone():
     assert PPOTrainer._compute_metrics is before
 
 
+def test_a_second_call_changes_nothing():
+    module = _trainer_module(print)
+    training_metrics.add_to_trainer(module)
+    once = module.PPOTrainer._compute_metrics
+    training_metrics.add_to_trainer(module)
+    assert module.PPOTrainer._compute_metrics is once
+
+
 def test_a_verl_without_that_trainer_is_said_not_hidden(caplog):
     training_metrics.add_to_trainer(SimpleNamespace())
     assert "not logged per step" in caplog.text
