@@ -1,0 +1,271 @@
+"""The main job for real: raw images -> converter -> parquet -> verl's GRPO trainer and vLLM -> merged model -> answers.
+
+One short run on the CPU, on the real images of ``../shared`` where they are, else on phantoms; every test looks at what
+that run left. Minutes, not seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl")
+pytest.importorskip("vllm")
+
+from medr1_verl import cpu, processes
+from medr1_verl.evaluation.predictions import read_rows
+from medr1_verl.guards import PEARSON
+from medr1_verl.run_folder import read_metrics, whole_checkpoint
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+REAL_PACK = ROOT.parent / "shared" / "data" / "omnimedvqa_real"
+STEPS = 4
+SETTINGS = {
+    "PROFILE": "cpu",
+    "TRAIN_BATCH_SIZE": "8",
+    "ROLLOUT_N": "4",
+    "LR": "3e-4",
+    "MAX_PROMPT_LENGTH": "512",
+    "MAX_RESPONSE_LENGTH": "48",
+    "SAVE_FREQ": "2",
+    "TEST_FREQ": "-1",
+    "VAL_SAMPLES": "-1",
+    "SEED": "7",
+}
+SUMMARY_KEYS = (
+    *("steps", "seconds", "reward_first", "reward_last", "pearson_min", "failed_groups", "peak_memory_gib"),
+    *("accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "blank_before", "blank_after"),
+    *("format_before", "format_after", "model", "seed"),
+)
+
+
+@dataclass
+class Job:
+    """Where one run left what."""
+
+    folder: Path
+    data: Path
+    model: Path
+    run: Path
+    rollout_weights: Path
+    output: str = ""
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        return (
+            os.environ
+            | SETTINGS
+            | {
+                "PYTHON": sys.executable,
+                "RUNS_DIR": str(self.run.parent),
+                "RUN_NAME": self.run.name,
+                "DATA_DIR": str(self.data),
+                "MODEL_PATH": str(self.model),
+                "TOTAL_STEPS": str(STEPS),
+            }
+            | changes
+        )
+
+
+def medr1(*arguments: str | Path, module: str = "medr1_verl.cli") -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | cpu.environ(),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+RECIPE = ["bash", str(ROOT / "recipes" / "run_medr1_grpo.sh")]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Job:
+    """Converted data and a tiny model that speaks the format sometimes; nothing trained by GRPO yet."""
+    folder = tmp_path_factory.mktemp("main-job")
+    raw = REAL_PACK
+    if not raw.is_dir():
+        raw = folder / "raw"
+        medr1("--output", raw, "--seed", "1", "--images-per-modality", "6", module="medr1_verl.embedded.phantoms")
+    job = Job(folder, folder / "data", folder / "model", folder / "runs" / "job", folder / "rollout.safetensors")
+    medr1("convert", "--input", raw, "--output", job.data, "--image-size", "112", "--seed", "7")
+    medr1("--train", job.data / "train.parquet", "--output", job.model, "--seed", "7", *WARM_UP, module=TINY_MODEL)
+    return job
+
+
+TINY_MODEL = "medr1_verl.embedded.tiny_model"
+WARM_UP = ("--steps", "60")
+
+
+@pytest.fixture(scope="session")
+def job(prepared) -> Job:
+    environment = prepared.environment(MEDR1_ROLLOUT_WEIGHTS=str(prepared.rollout_weights))
+    done = subprocess.run(RECIPE, env=environment, capture_output=True, text=True, timeout=1500)
+    prepared.output = done.stdout + done.stderr
+    assert done.returncode == 0, prepared.output[-4000:]
+    return prepared
+
+
+def predictions(job: Job) -> list[dict]:
+    return list(read_rows(job.run / "predictions.jsonl"))
+
+
+def test_the_manifest_adds_up(prepared):
+    import pyarrow.parquet as pq
+
+    manifest = json.loads((prepared.data / "manifest.json").read_text())
+    written = {name: pq.read_metadata(prepared.data / f"{name}.parquet").num_rows for name in ("train", "test")}
+    rejected = (prepared.data / "rejected.jsonl").read_text().count("\n")
+    assert manifest["rows_in"] == sum(written.values()) + rejected
+    if REAL_PACK.is_dir():
+        assert manifest["rows_in"] == 106
+
+
+def test_every_step_trained_and_no_group_failed(job):
+    metrics = read_metrics(job.run)
+    assert sorted(step for step, m in metrics.items() if "actor/loss" in m) == list(range(1, STEPS + 1))
+    assert json.loads((job.run / "summary.json").read_text())["failed_groups"] == 0
+    assert "Error in _run_prompt" not in (job.run / "logs" / "train.log").read_text(errors="replace")
+
+
+def test_rollout_and_actor_agree_at_every_step(job):
+    pearson = [m[PEARSON] for m in read_metrics(job.run).values() if PEARSON in m]
+    assert len(pearson) == STEPS
+    assert min(pearson) >= 0.99
+
+
+def test_reward_parts_are_logged_at_every_step(job):
+    for step, metrics in read_metrics(job.run).items():
+        if step:
+            assert 0 <= metrics["reward/all/format"] <= 1
+            assert 0 <= metrics["reward/all/acc"] <= 1
+
+
+def test_training_changed_the_parameters(job):
+    from safetensors.torch import load_file
+
+    before, after = load_file(job.model / "model.safetensors"), load_file(job.run / "model" / "model.safetensors")
+    shared = before.keys() & after.keys()
+    assert len(shared) >= 50
+    changed = [name for name in shared if not before[name].equal(after[name])]
+    assert len(changed) > 0.9 * len(shared), "vision tower and language model are both trained"
+    assert any("visual" in name for name in changed)
+
+
+def test_the_engine_ended_with_the_weights_of_the_actor(job):
+    """What vLLM sampled from after the last sync, against the merged checkpoint in a fresh engine."""
+    code = f"""
+from pathlib import Path
+from vllm import LLM
+from medr1_verl.rollout_weights import write_weights
+if __name__ == "__main__":
+    llm = LLM(model={str(job.run / "model")!r}, dtype="float32", enforce_eager=True, max_model_len=1024)
+    llm.apply_model(lambda model: write_weights(model, Path({str(job.folder / "fresh.safetensors")!r})))
+"""
+    environment = os.environ | cpu.environ() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (job.folder / "fresh.safetensors").is_file(), done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    rollout, fresh = load_file(job.rollout_weights), load_file(job.folder / "fresh.safetensors")
+    assert rollout.keys() == fresh.keys()
+    different = [name for name in rollout if not rollout[name].equal(fresh[name])]
+    assert different == []
+
+
+def test_the_merged_model_answers_in_transformers_as_in_vllm(job):
+    """Greedy answers of plain transformers, from the parquet's own prompts and bytes, against predictions.jsonl."""
+    import io
+
+    import pyarrow.parquet as pq
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    rows = {r["extra_info"]["question_id"]: r for r in pq.read_table(job.data / "test.parquet").to_pylist()}
+    answers = [a for a in predictions(job) if a["control"] == "none" and a["decoding"] == "greedy"][:12]
+    processor = AutoProcessor.from_pretrained(job.run / "model")
+    model = Qwen2VLForConditionalGeneration.from_pretrained(job.run / "model", dtype=torch.float32).eval()
+    same = 0
+    for answer in answers:
+        row = rows[answer["question_id"]]
+        text = row["prompt"][0]["content"].removeprefix("<image>")
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        picture = Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")
+        inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=int(SETTINGS["MAX_RESPONSE_LENGTH"]), do_sample=False)
+        said = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        same += said == answer["output"]
+    # Two engines add up floating-point numbers in different orders: a tie between two tokens may fall either way.
+    assert same >= len(answers) - 1
+
+
+def test_the_answers_depend_on_the_image(job):
+    """Sampled with the same seeds, a blank image must give other answers; a blind engine gives the same ones."""
+    greedy = [a for a in predictions(job) if a["decoding"] == "greedy"]
+    shown = {a["question_id"]: a["output"] for a in greedy if a["control"] == "none"}
+    blank = {a["question_id"]: a["output"] for a in greedy if a["control"] == "blank"}
+    assert shown.keys() == blank.keys()
+    assert any(shown[i] != blank[i] for i in shown)
+
+
+def test_the_outputs_are_where_they_are_promised(job):
+    summary = json.loads((job.run / "summary.json").read_text())
+    assert [key for key in SUMMARY_KEYS if key not in summary] == []
+    assert [key for key in SUMMARY_KEYS if summary[key] is None] == []
+    assert summary["steps"] == STEPS
+    for name in ("config/config.yaml", "metrics.jsonl", "checkpoints", "model/config.json", "predictions.jsonl"):
+        assert (job.run / name).exists(), name
+    assert "Held-out accuracy" in job.output
+
+
+def test_nothing_is_left_running(job):
+    assert processes.marked(job.run) == []
+
+
+def _wait_for(run: Path, process: subprocess.Popen, condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.5)
+    assert condition(), f"exit code {process.poll()}, see {run}"
+
+
+def test_a_dead_engine_ends_the_run_and_ctrl_c_ends_its_resumption(prepared):
+    """kill -9 of vLLM's engine: a named failure within two minutes. The same command goes on; Ctrl-C then cleans up."""
+    run = prepared.run.with_name("killed")
+    environment = prepared.environment(
+        RUN_NAME=run.name, TOTAL_STEPS="60", SAVE_FREQ="1", VAL_SAMPLES="8", EVALUATE="0"
+    )
+    first = subprocess.Popen(RECIPE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _wait_for(run, first, lambda: whole_checkpoint(run) is not None, 400)
+    engine = next(p for p in processes.marked(run.resolve()) if "VLLM::EngineCore" in processes.title(p))
+    os.kill(engine, signal.SIGKILL)
+    killed = time.monotonic()
+    _, error = first.communicate(timeout=150)
+    assert time.monotonic() - killed < 120
+    assert first.returncode == 1
+    assert "training failed: " in error
+    assert processes.marked(run.resolve()) == []
+
+    done = len(read_metrics(run))
+    second = subprocess.Popen(
+        RECIPE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    _wait_for(run, second, lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) > done, 400)
+    os.killpg(second.pid, signal.SIGINT)
+    output, _ = second.communicate(timeout=60)
+    assert "going on from step" in output
+    assert second.returncode == 130
+    assert processes.marked(run.resolve()) == []
