@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,12 +60,12 @@ def split_content(content: str) -> list[dict[str, str]]:
 
 
 class Output(NamedTuple):
-    """One answer: its text (special tokens removed, as the reward sees it), its length in tokens, and 1 where it was
-    cut off at the limit.
+    """One answer: its text (special tokens removed, as the reward sees it), its length in tokens (None where a server
+    did not say), and 1 where it was cut off at the limit.
     """
 
     text: str
-    tokens: int
+    tokens: int | None
     truncated: int
 
 
@@ -148,8 +148,10 @@ class OfflineEngine:
             },
         }
 
-    def ask(self, questions: Sequence[Question], decoding: Decoding, max_tokens: int) -> list[list[Output]]:
-        """``decoding.n`` outputs for each question, in order."""
+    def ask(
+        self, questions: Sequence[Question], decoding: Decoding, max_tokens: int
+    ) -> Iterator[tuple[Question, list[Output]]]:
+        """Each question with its ``decoding.n`` outputs, in order."""
         prompts = [self.prompt(question) for question in questions]
         params = [
             self._sampling_params(
@@ -165,10 +167,11 @@ class OfflineEngine:
             results = self._llm.generate(prompts, params, use_tqdm=False)
         except Exception as error:
             raise self._fault("vLLM could not answer", error) from error
-        return [
-            [Output(one.text, len(one.token_ids), int(one.finish_reason == "length")) for one in result.outputs]
-            for result in results
-        ]
+        for question, result in zip(questions, results, strict=True):
+            yield (
+                question,
+                [Output(one.text, len(one.token_ids), int(one.finish_reason == "length")) for one in result.outputs],
+            )
 
     def _fault(self, what: str, error: Exception) -> UserError:
         """One line for the screen; the traceback goes to the log file, for whoever has to dig."""

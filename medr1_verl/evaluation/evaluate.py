@@ -31,11 +31,13 @@ from medr1_verl.errors import UserError
 from medr1_verl.evaluation.answers import majority, read_answer
 from medr1_verl.evaluation.controls import CONTROLS, SLICES, apply_control
 from medr1_verl.evaluation.engine import Decoding, EngineOptions, OfflineEngine, Output, check_model, weights_digest
-from medr1_verl.evaluation.predictions import Key, PredictionFile, predictions_path
+from medr1_verl.evaluation.predictions import Key, PredictionFile, key_of, predictions_path
 from medr1_verl.evaluation.questions import Question, read_questions
 from medr1_verl.prompt import Template, load_template
 from medr1_verl.styles import STYLES
 from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
+
+SAVE_EVERY = 1.0  # seconds: what a killed run may lose of a server's answers
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ class Engine(Protocol):
 
     chunk: int
 
-    def ask(self, questions: Sequence[Question], decoding: Decoding, max_tokens: int) -> list[list[Output]]:
-        """``decoding.n`` outputs for each question, in order."""
+    def ask(
+        self, questions: Sequence[Question], decoding: Decoding, max_tokens: int
+    ) -> Iterator[tuple[Question, list[Output]]]:
+        """Each question with its ``decoding.n`` outputs, in any order."""
 
     def finish(self) -> None:
         """Called once, when every answer is in."""
@@ -184,16 +188,29 @@ def _run_pass(
 ) -> list[dict[str, Any]]:
     rows = dict(known)
     left = [question for key, question in zip(_keys(one, asked), asked, strict=True) if key not in rows]
+    saved = time.monotonic()
     for start in range(0, len(left), engine.chunk if engine else 1):
         assert engine is not None  # started whenever something is left to ask
-        chunk = left[start : start + engine.chunk]
-        outputs = engine.ask(chunk, one.decoding, about["max_tokens"])
-        new = [_row(question, drawn, about) for question, drawn in zip(chunk, outputs, strict=True)]
-        if file is not None:
-            file.add(new)
-        rows.update(((row["question_id"], one.control, one.decoding.name), row) for row in new)
-        progress.update(len(chunk))
+        new: dict[Key, dict[str, Any]] = {}
+        try:
+            for question, outputs in engine.ask(left[start : start + engine.chunk], one.decoding, about["max_tokens"]):
+                row = _row(question, outputs, about)
+                new[key_of(row)] = row
+                progress.update()
+                if time.monotonic() > saved + SAVE_EVERY:
+                    saved = _save(new, rows, file)
+        finally:
+            saved = _save(new, rows, file)
     return [rows[key] for key in _keys(one, asked)]
+
+
+def _save(new: dict[Key, dict[str, Any]], rows: dict[Key, dict[str, Any]], file: PredictionFile | None) -> float:
+    """Move new answers to the known ones and to the disk; returns the time."""
+    if file is not None and new:
+        file.add(new.values())
+    rows.update(new)
+    new.clear()
+    return time.monotonic()
 
 
 def _row(question: Question, outputs: Sequence[Output], about: dict[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _values(row: dict[str, Any]) -> list[float]:
         row["parsed"],
         nan if tolerant is None else float(tolerant != ""),
         row["format"],
-        row.get("tokens", nan),
+        nan if row.get("tokens") is None else row["tokens"],
         row.get("truncated", nan),
     ]
 

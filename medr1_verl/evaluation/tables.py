@@ -135,8 +135,9 @@ def build(
     """All tables as one JSON-ready dict: ``modality`` and ``question_type`` matrices, and ``runs``, one row each.
 
     Runs trained on a modality stand in the modality matrix, runs trained on a question type in the other, all other
-    runs (a base model, a run on everything) in both; a matrix that no run was trained for shows all complete runs. Raises :class:`UserError` where runs of one matrix did not answer
-    the same rows of a slice, and where ``base`` is no run.
+    runs (a base model, a run on everything) in both; a matrix that no run was trained for shows all complete runs.
+    Raises :class:`UserError` where runs of one matrix did not answer the same rows of a slice, and where ``base`` is
+    no run.
     """
     if base is not None and base not in {run.name for run in runs}:
         raise UserError(f"base {base!r} is none of the runs: {', '.join(run.name for run in runs)}")

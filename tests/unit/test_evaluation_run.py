@@ -80,7 +80,8 @@ class TableEngine:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise UserError("the engine died")
         self.asked += [question.question_id for question in questions]
-        return [[Output("<think>so</think><answer>A</answer>", 9, 0)] * decoding.n for _ in questions]
+        for question in questions:
+            yield question, [Output("<think>so</think><answer>A</answer>", 9, 0)] * decoding.n
 
     def finish(self):
         pass
@@ -276,7 +277,8 @@ def test_samples_vote(parquet, model, monkeypatch):
     class Sampler(TableEngine):
         def ask(self, questions, decoding, max_tokens):
             tagged = [Output(f"<think>so</think><answer>{letter}</answer>", 9, 0) for letter in "BAAC"]
-            return [tagged[: decoding.n] for _ in questions]
+            for question in questions:
+                yield question, tagged[: decoding.n]
 
     monkeypatch.setattr(module, "_start", lambda *args: Sampler())
     (result,) = evaluate(model, [parquet], [Pass(decoding=Decoding(temperature=1.0, n=4))])
