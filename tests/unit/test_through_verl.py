@@ -8,8 +8,11 @@ import pytest
 
 from medr1_verl import parts, reward, reward_check, training_metrics
 from medr1_verl.cpu import patches
+from medr1_verl.errors import UserError
 from medr1_verl.import_hooks import around_import
+from medr1_verl.prompt import render_prompt
 from medr1_verl.reward import compute_score
+from medr1_verl.schema import arrow_schema, make_row
 
 pytestmark = pytest.mark.heavy
 
@@ -199,3 +202,159 @@ def test_main_ppo_refuses_a_wrong_setting_before_it_starts_ray():
             verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
     finally:
         verl_config.validate_config = before
+
+
+# ------------------------------------------------------------------ the data set class
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Twelve rows, six CT and six MRI, each with a picture."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    options = ["MRI", "X-ray", "CT", "Ultrasound"]
+    rows = []
+    for number in range(12):
+        picture = io.BytesIO()
+        Image.new("RGB", (56, 56), (number, 0, 0)).save(picture, "PNG")
+        modality, answer = ("ct", "C") if number % 2 else ("mri", "A")
+        question = f"Which modality is picture {number}?"
+        info = dict.fromkeys(("dataset", "image_path", "image_sha256"), "x") | {
+            "index": number,
+            "split": "train",
+            "question_id": f"q{number}",
+            "modality": modality,
+            "question_type": "modality_recognition",
+            "question": question,
+            "options": options,
+            "answer": answer,
+            "answer_text": options["ABCD".index(answer)],
+            "style": "think",
+        }
+        prompt = render_prompt(question, options, "think")
+        rows.append(make_row(images=[{"bytes": picture.getvalue()}], prompt=prompt, extra_info=info))
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=arrow_schema()), path)
+    return path
+
+
+def _dataset(parquet, medr1=None, **data):
+    """As verl builds it: the class found by its configured path, through verl's own factory."""
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.utils import create_rl_dataset
+
+    max_samples = data.pop("max_samples", -1)
+    config = OmegaConf.create(
+        {
+            "custom_cls": {"path": "pkg://medr1_verl.dataset", "name": "MedVQADataset"},
+            "cache_dir": str(parquet.parent / "cache"),
+            "image_key": "images",
+            "filter_overlong_prompts": False,
+            **({} if medr1 is None else {"medr1": medr1}),
+            **data,
+        }
+    )
+    processor = type("Processor", (), {"image_processor": None})()
+    return create_rl_dataset(str(parquet), config, None, processor, max_samples=max_samples)
+
+
+def _texts(row):
+    return "".join(part["text"] for part in row["raw_prompt"][-1]["content"] if part["type"] == "text")
+
+
+def test_without_settings_it_is_verls_own_data_set(parquet):
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    ours = _dataset(parquet)
+    stock = RLHFDataset(str(parquet), None, ours.config, ours.processor)
+    assert len(ours) == len(stock) == 12
+    for item in (0, 11):
+        ours_row, stock_row = ours[item], stock[item]
+        assert _texts(ours_row) == _texts(stock_row)
+        assert {key: ours_row[key] for key in ("reward_model", "extra_info", "data_source", "index")} == {
+            key: stock_row[key] for key in ("reward_model", "extra_info", "data_source", "index")
+        }
+
+
+def test_another_style(parquet):
+    row = _dataset(parquet, {"style": "no-think"})[3]
+    assert _texts(row) == render_prompt(row["extra_info"]["question"], INFO["options"], "no-think", n_images=0)
+    assert row["extra_info"]["style"] == "no-think"
+    assert row["raw_prompt"][-1]["content"][0]["type"] == "image"
+
+
+def test_slices_come_before_the_number_of_samples(parquet):
+    assert len(_dataset(parquet, {"modality": ["ct"]})) == 6
+    few = _dataset(parquet, {"modality": ["ct"]}, max_samples=4)
+    assert [row["data_source"] for row in few] == ["omnimedvqa/ct"] * 4
+    chosen = {
+        tuple(row["index"] for row in _dataset(parquet, {"modality": ["ct"]}, max_samples=4, shuffle=True, seed=5))
+        for _ in range(2)
+    }
+    assert len(chosen) == 1
+
+
+def test_slices_that_leave_no_row_are_refused_with_what_there_is(parquet):
+    with pytest.raises(UserError, match=r"no row of data\.medr1 slices oct.*ct/modality_recognition"):
+        _dataset(parquet, {"modality": "oct"})
+
+
+def test_rows_without_what_a_setting_needs_are_refused(parquet):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": [[{"role": "user", "content": "x"}]]}), parquet)
+    with pytest.raises(UserError, match="has no column extra_info"):
+        _dataset(parquet, {"style": "think"})
+    rows = [{"prompt": [{"role": "user", "content": "x"}], "extra_info": {"index": 1, "options": ["a"]}}]
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    with pytest.raises(UserError, match=r"row 0 has no extra_info\.question"):
+        _dataset(parquet, {"style": "think"})
+
+
+def _orders(loader):
+    """{row index: its options} of one pass, checking that the gold letter followed."""
+    orders = {}
+    for batch in loader:
+        for info, model in zip(batch["extra_info"], batch["reward_model"], strict=True):
+            assert info["options"]["ABCD".index(model["ground_truth"])] == info["answer_text"]
+            orders[info["index"]] = tuple(info["options"])
+    return orders
+
+
+def _loader(parquet, workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from verl.utils.dataset.rl_dataset import collate_fn
+
+    dataset = _dataset(parquet, {"shuffle_options": True, "seed": 3})
+    return StatefulDataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=collate_fn)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_options_get_a_new_order_in_every_epoch_the_same_for_the_same_seed(parquet, workers):
+    loader = _loader(parquet, workers)
+    epochs = [_orders(loader) for _ in range(3)]
+    assert all(len(epoch) == 12 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [_orders(again) for again in [_loader(parquet, 0)] for _ in range(3)] == epochs
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_goes_on_with_the_orders_of_its_epoch(parquet, workers):
+    whole = _loader(parquet, 0)
+    expected = [_orders(whole) for _ in range(3)]
+    stopped = _loader(parquet, workers)
+    _orders(stopped)
+    iterator = iter(stopped)
+    seen = {info["index"]: tuple(info["options"]) for _ in range(2) for info in next(iterator)["extra_info"]}
+    state = stopped.state_dict()
+    del iterator
+
+    resumed = _loader(parquet, workers)
+    resumed.load_state_dict(state)
+    assert seen | _orders(resumed) == expected[1]
+    assert _orders(resumed) == expected[2]
