@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from medr1_verl import processes
 from medr1_verl.cli import run as run_command
+from medr1_verl.config_check import check_ground_truths
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.engine import check_model
-from medr1_verl.reward_check import check_ground_truths
 
 _GIB = 2**30
 # Measured peaks of a run with the tiny model, with room to spare; a real model on a CPU needs more.

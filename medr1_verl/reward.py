@@ -5,7 +5,7 @@
 
 An exception here would not stop a run: verl 0.9 marks the whole prompt group as failed and goes on without
 it. So nothing is raised; what is wrong is counted, logged once per kind, and scores 0. What can be known beforehand
-(``reward_kwargs``, ground truths) is refused before the run starts by :mod:`medr1_verl.reward_check`.
+(``reward_kwargs``, ground truths) is refused before the run starts by :mod:`medr1_verl.config_check`.
 """
 
 from __future__ import annotations

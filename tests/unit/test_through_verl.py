@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from medr1_verl import parts, reward, reward_check, training_metrics
+from medr1_verl import config_check, parts, reward, training_metrics
 from medr1_verl.cpu import patches
 from medr1_verl.errors import UserError
 from medr1_verl.import_hooks import around_import
@@ -189,7 +189,7 @@ def test_main_ppo_refuses_a_wrong_setting_before_it_starts_ray():
 
     before = verl_config.validate_config
     try:
-        reward_check.install()
+        config_check.install()
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose(
                 "ppo_trainer",

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medr1_verl import reward, reward_check
+from medr1_verl import config_check, reward
+from medr1_verl.config_check import check_ground_truths, check_reward_kwargs
 from medr1_verl.errors import UserError
-from medr1_verl.reward_check import check_ground_truths, check_reward_kwargs
 
 PREFIX = "reward.custom_reward_function.reward_kwargs."
 
@@ -127,7 +127,7 @@ def test_a_parquet_of_something_else_is_refused_by_the_missing_column(tmp_path):
 def test_only_our_own_reward_is_checked(path, ours):
     seen = []
     module = SimpleNamespace(validate_config=lambda config, **kwargs: seen.append(kwargs))
-    reward_check.add_to_validation(module)
+    config_check.add_to_validation(module)
     config = {"reward": {"custom_reward_function": {"path": path, "reward_kwargs": {"style": "thinking"}}}}
     if ours:
         with pytest.raises(SystemExit, match=r"reward_kwargs\.style: 'thinking' is none of"):
@@ -138,14 +138,33 @@ def test_only_our_own_reward_is_checked(path, ours):
         assert seen == [{"use_critic": False}]
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"medr1": {"style": "thinking"}, "custom_cls": {"path": "pkg://medr1_verl.dataset"}}, "data.medr1.style"),
+        ({"medr1": {"style": "think"}, "custom_cls": {"path": None}}, "data.medr1: would be ignored"),
+        ({"medr1": {}, "custom_cls": {"path": "pkg://other.dataset"}}, "data.medr1: would be ignored"),
+        ({"medr1": {"style": "think"}, "custom_cls": {"path": "pkg://medr1_verl.dataset"}}, None),
+        ({"medr1": None, "custom_cls": {"path": None}}, None),
+        ({"custom_cls": {"path": None}}, None),
+    ],
+)
+def test_settings_of_the_data_set_class(data, said):
+    if said is None:
+        config_check.check_config({"data": data})
+    else:
+        with pytest.raises(UserError, match=said.replace(".", r"\.")):
+            config_check.check_config({"data": data})
+
+
 def test_a_second_call_changes_nothing():
     module = SimpleNamespace(validate_config=print)
-    reward_check.add_to_validation(module)
+    config_check.add_to_validation(module)
     once = module.validate_config
-    reward_check.add_to_validation(module)
+    config_check.add_to_validation(module)
     assert module.validate_config is once
 
 
 def test_a_verl_without_that_check_is_said_not_hidden(caplog):
-    reward_check.add_to_validation(SimpleNamespace())
+    config_check.add_to_validation(SimpleNamespace())
     assert "no validate_config" in caplog.text

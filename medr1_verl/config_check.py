@@ -1,4 +1,4 @@
-"""Refuses a wrong reward configuration before a GPU is taken, naming the key.
+"""Refuses a wrong configuration of our reward or data set before a GPU is taken, naming the key.
 
 While a run is on, a fault in it would only be counted and score 0, for a whole run if it is in every call. The
 recipes call :func:`check_reward_kwargs` and :func:`check_ground_truths`; for other runs :func:`install` has verl's own
@@ -22,6 +22,8 @@ from medr1_verl.parsing import LETTERS
 from medr1_verl.parts import SETTING_KEYS, WEIGHT_KEYS
 from medr1_verl.reward import MODES
 from medr1_verl.styles import STYLES
+from medr1_verl.view import PREFIX as VIEW_PREFIX
+from medr1_verl.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -102,25 +104,38 @@ def _is_number(value: object) -> bool:
 
 
 def check_config(config: Any) -> None:
-    """Check the reward part of a composed verl configuration; nothing happens where the reward is somebody else's."""
+    """Check the parts of a composed verl configuration that this package reads; others' reward functions and data sets
+    are left to them.
+    """
     function = (config.get("reward") or {}).get("custom_reward_function") or {}
-    if _is_ours(str(function.get("path") or "")) and function.get("name", "compute_score") == "compute_score":
+    if _is_ours(function.get("path"), "reward") and function.get("name", "compute_score") == "compute_score":
         check_reward_kwargs(function.get("reward_kwargs"))
+    data = config.get("data") or {}
+    settings = data.get("medr1")
+    if settings is not None:
+        if not _is_ours((data.get("custom_cls") or {}).get("path"), "dataset"):
+            raise UserError(
+                f"{VIEW_PREFIX}: would be ignored; it needs data.custom_cls.path=pkg://medr1_verl.dataset and "
+                "data.custom_cls.name=MedVQADataset"
+            )
+        View.from_settings(settings, data.get("seed"))
 
 
-def _is_ours(path: str) -> bool:
+def _is_ours(path: str | None, module: str) -> bool:
+    if path is None or path == "":
+        return False
     if path.startswith("pkg://"):
-        return path.removeprefix("pkg://").replace("/", ".") == "medr1_verl.reward"
-    return path != "" and Path(path.removeprefix("file://")).resolve() == Path(__file__).with_name("reward.py")
+        return path.removeprefix("pkg://").replace("/", ".") == f"medr1_verl.{module}"
+    return Path(path.removeprefix("file://")).resolve() == Path(__file__).with_name(f"{module}.py")
 
 
 def add_to_validation(module: ModuleType) -> None:
-    """Have verl's ``validate_config`` (0.7 to 0.9) check our reward too: it checks everything but reward functions."""
+    """Have verl's ``validate_config`` (0.7 to 0.9) check ours too; it knows no custom reward or data set."""
     original = getattr(module, "validate_config", None)
     if original is None:
-        logger.warning("medr1_verl: this verl has no validate_config; reward_kwargs are checked by the recipes only")
+        logger.warning("medr1_verl: this verl has no validate_config; medr1 settings are not checked beforehand")
         return
-    if hasattr(original, "checks_medr1_reward"):
+    if hasattr(original, "checks_medr1"):
         return
 
     @functools.wraps(original)
@@ -131,7 +146,7 @@ def add_to_validation(module: ModuleType) -> None:
             raise SystemExit(f"medr1_verl: {error}") from error  # one line, no traceback
         return original(config, *args, **kwargs)
 
-    validate_config.checks_medr1_reward = True  # type: ignore[attr-defined]
+    validate_config.checks_medr1 = True  # type: ignore[attr-defined]
     module.validate_config = validate_config  # type: ignore[attr-defined]
 
 
