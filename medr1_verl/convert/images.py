@@ -83,7 +83,7 @@ def _simd_lanczos():
     def lanczos(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         for target in ((size[0], image.height), size):
             if target != image.size:
-                resized = Image.new(image.mode, target)
+                resized = Image.new(image.mode, target, None)  # None: not filled first
                 resizer.resize_pil(image, resized, options)
                 image = resized
         return image

@@ -1,4 +1,4 @@
-"""PNG encoding for pictures: cheap row filters and a fast deflate.
+"""PNG encoding for pictures: one row filter and a fast deflate.
 
 Pillow's default encoder is what a conversion spends most of its time in (about 25 ms for a 384 px picture).
 ISA-L's igzip at level 1 needs about 1 ms for a few per cent more bytes; where its wheel is missing, zlib at level 1
@@ -21,34 +21,44 @@ except ImportError:
     ENCODER = "png/zlib-1"
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOR_TYPE = {1: 0, 3: 2}  # channels -> PNG colour type: greyscale, true colour
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
 
 
-def _filtered(rows: np.ndarray, pixel: int) -> np.ndarray:
-    """PNG-filtered ``rows`` (uint8, height x bytes), each led by its filter's number; ``pixel`` is bytes per pixel.
+def _mask(condition: np.ndarray) -> np.ndarray:
+    """255 where ``condition`` holds, 0 elsewhere."""
+    return np.negative(condition.view(np.uint8))
 
-    Each row takes the one of Sub, Up and Average whose result is smallest in absolute value (the usual heuristic),
-    judged by every fourth byte. Up alone is 0.1 ms faster per picture and makes files 5 % larger; Paeth would save
-    another 1 % and take longer than all the rest.
+
+def _paeth(left: np.ndarray, above: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """PNG's Paeth predictor: the neighbour nearest to left + above - corner; of equals left, then above.
+
+    All in 8 bits and by masks: with p = left + above - corner, |p - left| and |p - above| are plain differences of two
+    neighbours, and |p - corner| is the difference of these two if corner lies between left and above, else more than
+    either. ``np.where`` would take a hundred times as long.
     """
-    above = np.zeros_like(rows)
-    above[1:] = rows[:-1]
-    left = np.zeros_like(rows)
-    left[:, pixel:] = rows[:, :-pixel]
-    average = (left & above) + ((left ^ above) >> 1)  # floor of the mean, without leaving 8 bits
-    candidates = (rows - left, rows - above, rows - average)  # PNG filters 1, 2, 3
-    cost = [np.abs(c[:, ::4].view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int32) for c in candidates]
-    best = np.argmin(cost, axis=0)
-    filtered = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = best + 1
-    filtered[:, 1:] = candidates[1]
-    for number in (0, 2):
-        chosen = np.flatnonzero(best == number)
-        filtered[chosen, 1:] = candidates[number][chosen]
+    to_left = np.maximum(above, corner) - np.minimum(above, corner)
+    to_above = np.maximum(left, corner) - np.minimum(left, corner)
+    to_corner = np.maximum(to_left, to_above) - np.minimum(to_left, to_above)
+    to_corner |= _mask((corner < np.minimum(left, above)) | (corner > np.maximum(left, above)))
+    nearest = corner ^ ((above ^ corner) & _mask(to_above <= to_corner))
+    return nearest ^ ((left ^ nearest) & _mask((to_left <= to_above) & (to_left <= to_corner)))
+
+
+def _filtered(rows: np.ndarray, pixel: int) -> np.ndarray:
+    """Paeth-filtered ``rows`` (uint8, height x bytes), each led by the filter's number; ``pixel`` is bytes per pixel.
+
+    One filter for all rows: choosing among Up, Average and Paeth row by row makes files 1 % smaller and takes twice as
+    long; Up alone is 0.2 ms faster and makes them 5 to 13 % larger.
+    """
+    height, width = rows.shape
+    padded = np.zeros((height + 1, width + pixel), np.uint8)
+    padded[1:, pixel:] = rows
+    filtered = np.empty((height, 1 + width), np.uint8)
+    filtered[:, 0] = 4
+    np.subtract(rows, _paeth(padded[1:, :-pixel], padded[:-1, pixel:], padded[:-1, :-pixel]), out=filtered[:, 1:])
     return filtered
 
 
@@ -57,6 +67,35 @@ def encode_png(pixels: np.ndarray) -> bytes:
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     rows = np.ascontiguousarray(pixels).reshape(height, width * channels)
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPE[channels], 0, 0, 0)
     body = _compress(_filtered(rows, channels).tobytes(), 1)
+    return _file(_header(pixels), body)
+
+
+def bare_png(data: bytes, pixels: np.ndarray) -> bytes | None:
+    """The PNG file ``data`` without any chunk but the three needed, if it holds just ``pixels``; else None.
+
+    Lossless, and quicker than encoding again, for a file that is stored at its own size. ``pixels`` are what decoding
+    gave (so the file is sound): equal headers then mean that no palette, transparency, 16-bit data, interlacing or
+    rotation was involved.
+    """
+    if not data.startswith(_SIGNATURE) or data[16:29] != _header(pixels):
+        return None
+    body, position = [], 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"IDAT":
+            body.append(data[position + 8 : position + 8 + length])
+        elif kind in (b"tRNS", b"acTL", b"eXIf"):
+            return None
+        position += 12 + length
+    return _file(_header(pixels), b"".join(body))
+
+
+def _header(pixels: np.ndarray) -> bytes:
+    """Body of the IHDR chunk of 8-bit grey or RGB ``pixels``, not interlaced."""
+    height, width = pixels.shape[:2]
+    return struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+
+
+def _file(header: bytes, body: bytes) -> bytes:
     return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")

@@ -22,24 +22,33 @@ import sys
 import threading
 import time
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
 from medr1_verl.convert import images
-from medr1_verl.convert.png import encode_png
+from medr1_verl.convert.png import bare_png, encode_png
 from medr1_verl.convert.question import RejectedError
+
+
+@lru_cache(1024)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder, strict=True)
 
 
 def safe_path(root: str, relative: str) -> str:
     """Real path of ``relative`` below the real path ``root``; raises ``unsafe_path`` or ``missing_image``."""
-    path = os.path.join(root, relative)
+    folder, name = os.path.split(os.path.join(root, relative))
     try:
-        real = os.path.realpath(path, strict=True)
+        real = os.path.join(_real_folder(folder), name)
+        if stat.S_ISLNK(os.lstat(real).st_mode):
+            try:
+                real = os.path.realpath(real, strict=True)
+            except OSError:
+                raise RejectedError("missing_image", f"{relative!r} is a link that leads nowhere") from None
     except OSError:
-        if os.path.islink(path):
-            raise RejectedError("missing_image", f"{relative!r} is a link that leads nowhere") from None
         raise RejectedError("missing_image", f"there is no {relative!r} in the input folder") from None
     except ValueError:
         raise RejectedError("unsafe_path", f"{relative!r} is not a usable path") from None
@@ -53,12 +62,12 @@ def read_image_file(root: str, relative: str) -> bytes:
     real = safe_path(root, relative)
     try:
         status = os.stat(real)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, a device might not end
             raise RejectedError("unreadable_image", f"{relative!r} is not a regular file")
         if status.st_size > images.MAX_FILE_BYTES:
             raise RejectedError("image_too_large", f"{status.st_size:,} bytes; at most 1 GiB is read")
-        with open(real, "rb") as stream:
-            return stream.read()
+        with open(real, "rb", buffering=0) as stream:
+            return stream.readall()
     except OSError as error:
         raise RejectedError("unreadable_image", f"cannot read {relative!r}: {error.strerror or error}") from None
 
@@ -82,7 +91,7 @@ def process(root: str, relative: str, settings: dict[str, Any]) -> tuple[dict[st
             record["source"] = images.read_header(data, settings["max_pixels"])
             return record, b""
         picture = images.convert_image(data, settings["image_size"], settings["max_pixels"])
-        stored = encode_png(picture.pixels)
+        stored = bare_png(data, picture.pixels) or encode_png(picture.pixels)
         if settings["jpeg_quality"]:
             record["png_bytes"] = len(stored)
             stored, record["psnr"] = images.lossy(picture.pixels, settings["jpeg_quality"])
