@@ -6,6 +6,7 @@ A scan with ``str.find`` only, so that time grows linearly with the text whateve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,13 +24,12 @@ _LETTER_FORMS: dict[str, tuple[int, str]] = {
     for end in ("", ".", ")")
 }
 _ALL_TAGS = tuple(tag for block in BLOCKS for tag in (f"<{block}>", f"</{block}>"))
-# White space for str.strip is what Unicode calls so; these characters leave no mark on the page either.
-_INVISIBLE = (
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u200b\u200c\u200d\u200e\u200f"
-    "\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\u206a\u206b"
-    "\u206c\u206d\u206e\u206f\u2800\u3164\ufe00\ufe01\ufe0e\ufe0f\ufeff\uffa0"
+# The first character that leaves a mark on the page: neither white space nor one of Unicode's invisible characters.
+_MARK = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
 )
-_BLANK = _INVISIBLE + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+_THINK = STYLES["think"]
 _MAX_ENDING = 80  # characters of a completion's end that are worth remembering
 
 
@@ -67,16 +67,16 @@ def read(text: str, style: Style) -> tuple[bool, str | None]:
     Reasoning without any "<" cannot change what its completion is, and what follows it is one of a handful of strings
     in a run; so that ending is scanned once, behind a one-letter reasoning, and remembered.
     """
-    if style.blocks[0] == "think" and text.startswith("<think>"):
+    if style is _THINK and text.startswith("<think>"):
         end = text.find("<", 7)
         if end > 7 and len(text) - end <= _MAX_ENDING and "!" <= text[7] <= "~":
-            return _scan_ending(text[end:], style)
+            return _scan_ending(text[end:])
     return _scan(text, style)
 
 
 @lru_cache(maxsize=4096)
-def _scan_ending(ending: str, style: Style) -> tuple[bool, str | None]:
-    return _scan("<think>x" + ending, style)
+def _scan_ending(ending: str) -> tuple[bool, str | None]:
+    return _scan("<think>x" + ending, _THINK)
 
 
 def _scan(text: str, style: Style) -> tuple[bool, str | None]:
@@ -98,10 +98,8 @@ def _scan(text: str, style: Style) -> tuple[bool, str | None]:
                 return False, _lone_answer(text)
         if is_answer:
             answer = text[start:end].strip()
-        elif not ("!" <= text[start] <= "~"):  # the usual first character settles it without a copy
-            filled = text[start:end].strip(_BLANK) != ""
-        elif start == end:
-            filled = False
+        else:
+            filled = _MARK.search(text, start, end) is not None
         position = end + closing_length
     if position != len(text) and not text[position:].isspace():
         return False, _lone_answer(text)

@@ -99,7 +99,7 @@ def compute_score(
             acc = int(earned)
         else:
             raise _RowFault("mode", f"mode {mode!r} is none of {', '.join(MODES)}")
-        score = float(accuracy_weight * earned + format_weight * well_formed)
+        score = 0.0 + accuracy_weight * earned + format_weight * well_formed
         result: dict[str, Any] = {
             "score": score,
             "acc": acc,
@@ -109,7 +109,7 @@ def compute_score(
         }
         if kwargs:
             score = _add_optional(result, earned, solution_str, spec.name, info, kwargs)
-        if not -1e300 < score < 1e300:
+        if score - score != 0.0:  # infinite, or not a number
             raise _RowFault("weight", f"the weights make the score {score}")
         return result
     except Exception as error:
