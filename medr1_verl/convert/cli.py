@@ -7,9 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from medr1_verl.convert import images, readers
 from medr1_verl.convert.run import Options, Result, convert, usable_cores
+from medr1_verl.convert.verify import verify
 from medr1_verl.schema import IMAGE_STORES
 from medr1_verl.styles import STYLES
 from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
@@ -120,6 +122,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dry-run", action="store_true", help="check everything but pixels, write nothing, print the manifest"
     )
+    run.add_argument(
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="read the result back, through verl's RLHFDataset where verl is installed; with a Qwen2-VL folder or name "
+        "also the longest prompt in tokens",
+    )
     return p
 
 
@@ -158,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.dry_run:
             p.error("--output is needed (or --dry-run)")
         arguments.output = "unused"
+    model = arguments.verify
+    del arguments.verify
     begin = time.monotonic()
     result = convert(Options(**vars(arguments)))
     table = summary(result, time.monotonic() - begin)
@@ -167,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(table)
         print(f"written to {arguments.output}")
+        if model is not None:
+            names = [name for name in result.manifest["outputs"] if name.endswith(".parquet")]
+            print("\n".join(verify([Path(arguments.output).resolve() / name for name in names], model)))
     if result.rejected and arguments.strict:
         print(
             f"medr1 convert: --strict: {len(result.rejected)} row(s) were rejected; see rejected.jsonl", file=sys.stderr

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -26,9 +27,11 @@ from medr1_verl.cli import run as run_command
 from medr1_verl.convert import Options, convert
 from medr1_verl.convert.cli import main
 from medr1_verl.convert.question import REASONS
+from medr1_verl.convert.verify import verify
 from medr1_verl.errors import UserError
 from medr1_verl.inspect import load, report
 from medr1_verl.prompt import render_prompt
+from medr1_verl.schema import arrow_schema
 from medr1_verl.taxonomy import MODALITIES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "omnimedvqa_to_parquet.py"
@@ -568,3 +571,48 @@ def test_the_real_images(shared_dir, tmp_path):
         image = Image.open(io.BytesIO(stored["images"][0]["bytes"]))
         assert max(image.size) <= 384
         assert np.asarray(image).std() > 10  # something to see, 16-bit files included
+
+
+def test_verify_reads_back_what_was_written(tree, tmp_path, capsys):
+    assert main(["--input", str(tree), "--output", str(tmp_path / "out"), "--verify"]) == 0
+    assert capsys.readouterr().out.count("every picture decodes") == 2
+    rows = pq.read_table(tmp_path / "out" / "test.parquet").to_pylist()
+    rows[1]["images"][0]["bytes"] = rows[1]["images"][0]["bytes"][:100]
+    schema = arrow_schema()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "broken.parquet")
+    with pytest.raises(UserError, match="row 1"):
+        verify([tmp_path / "broken.parquet"])
+
+
+@pytest.mark.heavy
+def test_verls_own_data_set_reads_every_kind_of_row(tree, tmp_path):
+    """Bytes, paths, several images and grey pictures, through ``datasets.load_dataset`` and verl's RLHFDataset."""
+    pytest.importorskip("verl")
+    datasets = pytest.importorskip("datasets")
+    convert(Options(input=tree, output=tmp_path / "bytes"))
+    convert(Options(input=tree, output=tmp_path / "path", image_store="path"))
+    for i, name in enumerate("abc"):
+        picture(i).convert("L").save(tmp_path / f"{name}.png")
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, TABLE)))
+    convert(Options(input=tmp_path / "q.jsonl", output=tmp_path / "series"))
+    for folder in ("bytes", "path", "series"):
+        files = [path for path in sorted((tmp_path / folder).glob("*.parquet")) if pq.read_metadata(path).num_rows]
+        assert len(verify(files)) == len(files) + 1
+    file = str(tmp_path / "bytes" / "train.parquet")
+    rows = datasets.load_dataset("parquet", data_files=file, cache_dir=str(tmp_path / "cache"))["train"]
+    assert set(rows[0]["images"][0]) == {"bytes"}
+
+
+@pytest.mark.heavy
+def test_verify_measures_prompts_with_a_real_processor(tree, tmp_path):
+    from medr1_verl.cpu import patches
+    from medr1_verl.import_hooks import around_import
+
+    around_import("torchvision", patches.torchvision_without_its_operators)
+    pytest.importorskip("verl")
+    tiny_model = pytest.importorskip("medr1_verl.embedded.tiny_model")
+    convert(Options(input=tree, output=tmp_path / "out"))
+    prompts = [row["prompt"][0]["content"] for row in rows_of(tmp_path / "out")]
+    tiny_model.make_processor(tiny_model.make_tokenizer(prompts)).save_pretrained(tmp_path / "model")
+    lines = verify([tmp_path / "out" / "train.parquet"], str(tmp_path / "model"))
+    assert re.search(r"longest prompt \d+ tokens", lines[0])
