@@ -17,7 +17,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # What may stand in the answer block for the i-th option: its letter in either case, with or without one trailing
 # "." or ")". ASCII only, so that a full-width or Cyrillic look-alike is not taken for the letter.
-_LETTER_FORMS: dict[str, tuple[int, str]] = {
+LETTER_FORMS: dict[str | None, tuple[int, str]] = {
     form + end: (index, letter)
     for index, letter in enumerate(LETTERS)
     for form in (letter, letter.lower())
@@ -113,7 +113,7 @@ def option_letter(answer: str, options: Sequence[str] | None = None) -> str:
     without its final period (in OmniMedVQA often only the right option ends with one), and must fit one option only:
     a few rows have the same text twice.
     """
-    known = _LETTER_FORMS.get(answer)
+    known = LETTER_FORMS.get(answer)
     if known is not None and (options is None or known[0] < len(options)):
         return known[1]
     if options is None or not answer:

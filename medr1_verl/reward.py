@@ -23,7 +23,7 @@ if importlib.util.find_spec("medr1_verl") is None:  # loaded by path from a chec
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from medr1_verl.open_answers import exact, normalize, open_metric
-from medr1_verl.parsing import LETTERS, Parsed, option_letter, parse, read
+from medr1_verl.parsing import LETTER_FORMS, LETTERS, Parsed, option_letter, parse, read
 from medr1_verl.parts import PARTS, WEIGHT_KEYS
 from medr1_verl.reference import reference_rewards
 from medr1_verl.styles import STYLES
@@ -86,11 +86,15 @@ def compute_score(
         well_formed: int
         if mode == "strict":
             well_formed, answer = read(solution_str, spec)
-            index = _LETTER_INDEX.get(ground_truth)
-            if index is not None and (options is None or index < len(options)):
-                pred = option_letter(answer, options) if answer else ""
+            number = len(LETTERS) if options is None else len(options)
+            if _LETTER_INDEX.get(ground_truth, len(LETTERS)) < number:
+                named = LETTER_FORMS.get(answer)  # nearly always; option_letter also knows the options' texts
+                if named is not None and named[0] < number:
+                    pred = named[1]
+                else:
+                    pred = option_letter(answer, options) if answer else ""
                 earned = acc = 1 if pred == ground_truth else 0
-            elif options is not None and len(options):
+            elif options is not None and number:
                 raise _RowFault("ground truth", f"ground truth {ground_truth!r} is no option letter of the row")
             else:
                 pred, acc, earned = _open_answer(answer, ground_truth, info, kwargs)
