@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 Metrics = Mapping[str, float]
 
+# Put beside verl's own metrics by the supervision: verl's response_length/clip_ratio compares with the longest answer
+# of the batch, so it is 1 whenever all answers are equally long.
+LENGTH_LIMIT = "response_length/limit"
 PEARSON = "training/rollout_actor_probs_pearson_corr"
 
 
@@ -54,7 +57,7 @@ GUARDS = (
     ),
     Guard(
         "every answer is cut off",
-        lambda m: m.get("response_length/clip_ratio", 0.0) == 1.0,
+        lambda m: m.get("response_length/min", 0.0) >= m.get(LENGTH_LIMIT, float("inf")),
         patience=3,
         advice="no answer ends before the length limit. Raise data.max_response_length, and check that the model's "
         "end-of-turn token is its generation_config.eos_token_id",

@@ -139,7 +139,7 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
         f"merged model   {run_dir / 'model'}",
         f"checkpoint     {checkpoint}" + (f" (step {step_of(checkpoint)})" if checkpoint else ""),
         f"predictions    {run_dir / 'predictions.jsonl'}",
-        f"curves         {run_dir / 'curves.png'}",
+        f"curves         {run_dir / 'curves.png' if (run_dir / 'curves.png').exists() else 'none: matplotlib is missing'}",
         f"metrics, logs  {run_dir / 'metrics.jsonl'}, {run_dir / 'logs'}",
     ]
     return "\n".join(lines)

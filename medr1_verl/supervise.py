@@ -26,7 +26,7 @@ from typing import TextIO
 
 from medr1_verl import processes
 from medr1_verl.cli import run as run_command
-from medr1_verl.guards import PEARSON, GuardWatch
+from medr1_verl.guards import LENGTH_LIMIT, PEARSON, GuardWatch
 
 # Titles (setproctitle) of processes without which a run cannot go on.
 _VITAL = re.compile(
@@ -122,9 +122,13 @@ def _mean(metrics: dict, suffix: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _report_metrics(record: dict, progress: _Progress, watch: GuardWatch, outcome: Outcome) -> str | None:
+def _report_metrics(
+    record: dict, progress: _Progress, watch: GuardWatch, outcome: Outcome, length_limit: int | None
+) -> str | None:
     """Show one line of verl's metrics file. Returns the reason to stop, if a guard gives one."""
     number, metrics = record["step"], record["data"]
+    if length_limit:
+        metrics[LENGTH_LIMIT] = length_limit
     if "training/global_step" in metrics:
         progress.step(number, metrics)
     accuracy, answers_in_format = _mean(metrics, "/acc/mean@1"), _mean(metrics, "/format/mean@1")
@@ -190,7 +194,11 @@ class _VitalSigns:
 
 
 def supervise(
-    command: Sequence[str], run_dir: Path, total_steps: int | None = None, stall_seconds: float = 1800
+    command: Sequence[str],
+    run_dir: Path,
+    total_steps: int | None = None,
+    length_limit: int | None = None,
+    stall_seconds: float = 1800,
 ) -> Outcome:
     """Run ``command`` to its end and return what was seen. See the module's text for what is watched."""
     run_dir = run_dir.resolve()
@@ -240,7 +248,7 @@ def supervise(
                     milestones.remove(while_waiting)
                     progress.say(f"{now - started:5.0f} s  {while_waiting[1]}")
             for line in metric_lines.lines():
-                stop = _report_metrics(json.loads(line), progress, watch, outcome)
+                stop = _report_metrics(json.loads(line), progress, watch, outcome, length_limit)
                 if stop:
                     outcome.cause = stop
                     return outcome
@@ -261,7 +269,7 @@ def supervise(
                 outcome.cause = f"the trainer has printed nothing for {stall_seconds:.0f} s (STALL_SECONDS)"
                 return outcome
         for line in metric_lines.lines():
-            _report_metrics(json.loads(line), progress, watch, outcome)
+            _report_metrics(json.loads(line), progress, watch, outcome, length_limit)
         outcome.failed_groups += sum(bool(_FAILED_GROUP.search(line)) for line in log_lines.lines())
         if trainer.returncode != 0:
             outcome.cause = _cause_in(log) or f"the trainer ended with exit code {trainer.returncode}"
@@ -300,13 +308,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--run-dir", type=Path, required=True, help="folder of the run; logs/ and metrics.jsonl go there"
     )
     parser.add_argument("--steps", type=int, help="steps that the run will take, for the progress bar")
+    parser.add_argument("--length-limit", type=int, help="tokens at which an answer is cut off, for the guard")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the trainer's command line")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error("no command after --")
     stall = float(os.environ.get("STALL_SECONDS", "1800"))
-    outcome = supervise(command, args.run_dir, args.steps, stall)
+    outcome = supervise(command, args.run_dir, args.steps, args.length_limit, stall)
     if outcome.cause:
         print(f"training failed: {outcome.cause}", file=sys.stderr)
         print(f"  the whole output is in {args.run_dir / 'logs' / 'train.log'}", file=sys.stderr)

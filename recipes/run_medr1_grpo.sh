@@ -251,7 +251,8 @@ if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 say "Training $RUN_NAME: $(basename "$MODEL_PATH") on $TRAIN_FILE, $PROFILE profile, logs in $RUN_DIR/logs"
 "$PYTHON" -m medr1_verl.run_folder open "$RUN_DIR" --resume "$RESUME" ${TOTAL_STEPS:+--total-steps "$TOTAL_STEPS"} \
   --setting MODEL_PATH="$MODEL_PATH" --setting DATA_DIR="$DATA_DIR" --setting STYLE="$STYLE" --setting SEED="$SEED" 9>&-
-"$PYTHON" -m medr1_verl.supervise --run-dir "$RUN_DIR" ${TOTAL_STEPS:+--steps "$TOTAL_STEPS"} -- "${TRAINING[@]}" 9>&-
+"$PYTHON" -m medr1_verl.supervise --run-dir "$RUN_DIR" ${TOTAL_STEPS:+--steps "$TOTAL_STEPS"} \
+  --length-limit "$MAX_RESPONSE_LENGTH" -- "${TRAINING[@]}" 9>&-
 
 say "Merging the last checkpoint into a Hugging Face model"
 checkpoint="$("$PYTHON" -m medr1_verl.run_folder checkpoint "$RUN_DIR")"

@@ -37,6 +37,8 @@ def environ() -> dict[str, str]:
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         # vLLM would bind its threads to cores of its own; here trainer and engine take turns on all of them.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # A warning about memory binding, from every process.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     return wanted | {k: v for k, v in os.environ.items() if k in wanted and k not in ("PYTHONPATH", "VERL_PLATFORM")}
 

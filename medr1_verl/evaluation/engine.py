@@ -120,6 +120,7 @@ class OfflineEngine:
             "dtype": options.dtype or ("float32" if on_cpu else "auto"),
             "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
             "seed": 0,
+            "use_tqdm_on_load": False,
         }
         if options.gpu_memory_utilization is not None:
             settings["gpu_memory_utilization"] = options.gpu_memory_utilization

@@ -172,7 +172,7 @@ def test_metrics_of_an_interrupted_run_are_joined(tmp_path):
         ({guards.PEARSON: 0.98}, "rollout and actor disagree"),
         ({"critic/advantages/min": 0.0, "critic/advantages/max": 0.0}, "no group has an advantage"),
         ({"reward/all/format": 0.0}, "no answer has the format"),
-        ({"response_length/clip_ratio": 1.0}, "every answer is cut off"),
+        ({"response_length/min": 40, guards.LENGTH_LIMIT: 40}, "every answer is cut off"),
     ],
 )
 def test_a_guard_trips_once_after_its_patience(metrics, name):
@@ -186,7 +186,8 @@ def test_a_guard_trips_once_after_its_patience(metrics, name):
 def test_good_metrics_trip_no_guard():
     watch = guards.GuardWatch()
     good = {guards.PEARSON: 0.9999, "critic/advantages/min": -1.0, "critic/advantages/max": 1.0}
-    good |= {"reward/all/format": 0.5, "response_length/clip_ratio": 0.2}
+    good |= {"reward/all/format": 0.5, "response_length/min": 17, "response_length/clip_ratio": 1.0}
+    good |= {guards.LENGTH_LIMIT: 40}
     assert not any(watch.step(good) for _ in range(30))
     watch = guards.GuardWatch()
     assert not any(watch.step({guards.PEARSON: 0.9 if i % 2 else 1.0}) for i in range(30)), "in a row, not in all"
