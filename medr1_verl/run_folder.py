@@ -28,15 +28,17 @@ _SHARD = re.compile(r"^model_world_size_(\d+)_rank_(\d+)\.pt$")
 
 def faults_of(step_dir: Path) -> list[str]:
     """What is missing or torn in ``global_step_N``; empty if it can be resumed from and merged."""
-    shards = {name: _SHARD.match(name) for name in (p.name for p in (step_dir / "actor").glob("model_world_size_*.pt"))}
+    actor = step_dir / "actor"  # verl's supervised trainer has no such level
+    folder = actor if actor.is_dir() else step_dir
+    shards = {name: _SHARD.match(name) for name in (p.name for p in folder.glob("model_world_size_*.pt"))}
     matches = [m for m in shards.values() if m]
     if not matches:
-        return ["no model shard in actor/"]
+        return [f"no model shard in {folder.name}/"]
     world = max(int(m[1]) for m in matches)
     faults = [f"no shard of rank {r} of {world}" for r in set(range(world)) - {int(m[2]) for m in matches}]
     # torch.save writes zip archives: a torn one has no central directory.
-    faults += [f"actor/{name} is torn" for name in shards if not zipfile.is_zipfile(step_dir / "actor" / name)]
-    if not (step_dir / "data.pt").is_file():
+    faults += [f"{folder.name}/{name} is torn" for name in shards if not zipfile.is_zipfile(folder / name)]
+    if not any(step_dir.glob("data*.pt")):
         faults.append("no data.pt")
     return faults
 

@@ -3,9 +3,9 @@
     python -m medr1_verl.sft_rows --train data/train.parquet --output sft.parquet
 
 verl masks everything but the assistant's turn, so the loss is on the answer alone. (The released Med-R1 baseline
-trains on prompt and answer together, and its target begins with a literal "None" where a rationale was meant to be; it is
-no fair opponent for GRPO.) OmniMedVQA has no rationales, so in the styles with reasoning the target is the answer
-block without it: accuracy compares with GRPO's, the format rate does not.
+trains on prompt and answer together, and its target begins with a literal "None" where a rationale was meant to
+be; it is no fair opponent for GRPO.) OmniMedVQA has no rationales, so in the styles with reasoning the target is
+the answer block without it: accuracy compares with GRPO's, the format rate does not.
 """
 
 from __future__ import annotations
@@ -74,13 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=Path, required=True, metavar="PARQUET", help="what medr1 convert wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="PARQUET")
     parser.add_argument("--style", choices=tuple(STYLES), help="ask in this style instead of the rows' own")
-    parser.add_argument("--slice", nargs="+", default=[], choices=(*MODALITIES, *QUESTION_TYPES), help="these rows only")
-    parser.add_argument("--shuffle-images", type=int, metavar="SEED", help="control: every row gets another row's images")
+    parser.add_argument(
+        "--slice", nargs="+", default=[], choices=(*MODALITIES, *QUESTION_TYPES), help="these rows only"
+    )
+    parser.add_argument(
+        "--shuffle-images", type=int, metavar="SEED", help="control: every row gets another row's images"
+    )
     args = parser.parse_args(argv)
     try:
         table = pq.read_table(args.train, columns=["prompt", "images", "extra_info"])
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{args.train}: cannot be read as a parquet of medr1 convert: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{args.train}: cannot be read as a parquet of medr1 convert: {str(error).splitlines()[0]}"
+        ) from error
     rows = sft_table(table, args.style, args.slice, args.shuffle_images)
     if rows.num_rows < (1 if args.shuffle_images is None else 2):
         raise UserError(f"{args.train}: has no rows of {', '.join(args.slice) or 'any kind'} to train on")

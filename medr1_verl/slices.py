@@ -53,7 +53,9 @@ def cut(data: Path, output: Path, by: str) -> dict[str, dict[str, int]]:
         other = next(name for name in SLUGS if name != by)
         if any((data / slug / "test.parquet").is_file() for slug in SLUGS[other]):
             raise UserError(f"{data} is cut by {other}; convert with --by {by}, or into one train and test file")
-        raise UserError(f"{data} has neither train.parquet and test.parquet nor one folder for each {by}; convert first")
+        raise UserError(
+            f"{data} has neither train.parquet and test.parquet nor one folder for each {by}; convert first"
+        )
     for slug in cut_already:
         counts[slug] = dict.fromkeys(PARTS, 0)
         for part in PARTS:

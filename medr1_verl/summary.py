@@ -23,6 +23,7 @@ from medr1_verl.guards import PEARSON
 from medr1_verl.run_folder import read_metrics, step_of, whole_checkpoint
 
 REWARD = "critic/score/mean"
+SFT_LOSS = "train/loss"  # what verl's supervised trainer writes at every step
 _GREEDY = "greedy"
 
 
@@ -53,7 +54,7 @@ def _mean(values: Iterable[float]) -> float | None:
 def summarize(run_dir: Path, model: str, seed: int, before_file: Path | None) -> dict[str, Any]:
     """The content of ``summary.json``. Accuracies are of the held-out rows, 0-1."""
     metrics = read_metrics(run_dir)
-    trained = {step: m for step, m in metrics.items() if REWARD in m}
+    trained = {step: m for step, m in metrics.items() if REWARD in m or SFT_LOSS in m}
     if not trained:
         raise UserError(f"{run_dir / 'metrics.jsonl'} holds no training step; see {run_dir / 'logs' / 'train.log'}")
     steps = sorted(trained)
@@ -63,8 +64,10 @@ def summarize(run_dir: Path, model: str, seed: int, before_file: Path | None) ->
     return {
         "steps": steps[-1],
         "seconds": round(supervision["seconds"], 1),
-        "reward_first": trained[steps[0]][REWARD],
-        "reward_last": trained[steps[-1]][REWARD],
+        "reward_first": trained[steps[0]].get(REWARD),
+        "reward_last": trained[steps[-1]].get(REWARD),
+        "loss_first": trained[steps[0]].get(SFT_LOSS),  # of verl's supervised trainer
+        "loss_last": trained[steps[-1]].get(SFT_LOSS),
         "accuracy_before": before.share("acc", sampled=True),
         "accuracy_after": after.share("acc", sampled=True),
         "greedy_before": before.share("acc"),
@@ -91,6 +94,8 @@ def summarize(run_dir: Path, model: str, seed: int, before_file: Path | None) ->
 def learned(summary: dict[str, Any]) -> str:
     """One sentence: what the run taught the model, as far as it was measured."""
     before, after = summary["accuracy_before"], summary["accuracy_after"]
+    if summary["reward_first"] is None:
+        return f"Supervised: the loss went from {summary['loss_first']:.3f} to {summary['loss_last']:.3f}."
     if before is None or after is None:
         first, last = summary["reward_first"], summary["reward_last"]
         return f"Mean reward went from {first:.2f} to {last:.2f}; accuracy was not measured before and after."

@@ -86,7 +86,7 @@ asked=$(( EVAL_LIMIT && EVAL_LIMIT < test_rows ? EVAL_LIMIT : test_rows ))
 read -ra controls <<<"$CONTROLS"
 [[ " $CONTROLS " == *" none "* ]] || die "CONTROLS=$CONTROLS lacks none, the plain question that the others are compared with"
 
-is_trained() { [[ -f "$DIR/$METHOD-$1/model/config.json" && ( "$METHOD" == sft || -f "$DIR/$METHOD-$1/summary.json" ) ]]; }
+is_trained() { [[ -f "$DIR/$METHOD-$1/model/config.json" && -f "$DIR/$METHOD-$1/summary.json" ]]; }
 steps_of() { [[ -n "${TOTAL_STEPS:-}" ]] && echo "$TOTAL_STEPS" || echo $(( train_rows[$1] * TOTAL_EPOCHS / TRAIN_BATCH_SIZE )); }
 print_plan() {
   local slug steps all=0 left=0 seconds

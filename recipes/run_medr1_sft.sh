@@ -151,8 +151,9 @@ if [[ ! -f "$RUN_DIR/model/config.json" ]]; then
 fi
 
 if [[ "$EVALUATE" == 1 ]]; then
-  MODEL_PATH="$RUN_DIR/model" EVAL_NAME="$RUN_NAME" NO_TABLES=1 N_GPUS=1 CONTROLS="${CONTROLS:-none blank}" \
-    EVAL_LIMIT="$EVAL_LIMIT" MAX_RESPONSE_LENGTH="$MAX_RESPONSE_LENGTH" RUNS_DIR="$RUNS_DIR" RUN_NAME="$RUN_NAME" \
-    DATA_DIR="$DATA_DIR" STYLE="$STYLE" SEED="$SEED" DRY_RUN="" bash "$ROOT/recipes/evaluate.sh" 9>&-
+  MODEL_PATH="$RUN_DIR/model" EVAL_NAME="$RUN_NAME" NO_TABLES=1 N_GPUS=1 EVAL_LIMIT="$EVAL_LIMIT" MAX_RESPONSE_LENGTH="$MAX_RESPONSE_LENGTH" \
+    RUNS_DIR="$RUNS_DIR" RUN_NAME="$RUN_NAME" DATA_DIR="$DATA_DIR" STYLE="$STYLE" SEED="$SEED" DRY_RUN="" \
+    bash "$ROOT/recipes/evaluate.sh" --pass none:0 blank:0 none:1 >"$RUN_DIR/logs/evaluate.log" 9>&-
 fi
-say "Done: model in $RUN_DIR/model"
+say "Done"
+"$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" 9>&-
