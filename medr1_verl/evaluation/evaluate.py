@@ -27,12 +27,14 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from medr1_verl.audit.log import FILE_NAME as AUDIT_NAME
+from medr1_verl.audit.trail import Trail
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.answers import majority, read_answer
 from medr1_verl.evaluation.controls import CONTROLS, SLICES, apply_control
 from medr1_verl.evaluation.engine import Decoding, EngineOptions, OfflineEngine, Output, check_model, weights_digest
 from medr1_verl.evaluation.predictions import Key, PredictionFile, key_of, predictions_path
-from medr1_verl.evaluation.questions import Question, read_questions
+from medr1_verl.evaluation.questions import Question, parquet_files, read_questions
 from medr1_verl.prompt import Template, load_template
 from medr1_verl.styles import STYLES
 from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
@@ -111,12 +113,15 @@ def evaluate(
     base_url: str | None = None,
     concurrency: int = 16,
     fresh: bool = False,
+    audit: str | Path | None = None,
+    audit_key: str | Path | None = None,
 ) -> list[PassResult]:
     """Ask ``model`` every row of ``data`` in every pass; results in the order of ``passes``.
 
     ``output`` is a directory or a .jsonl file; answers that it already holds are not asked again, and the engine is not
     started where nothing is left to ask. With None nothing is kept. ``model`` is a directory or hub id; with
-    ``base_url``, the name under which an OpenAI-compatible server serves it. Raises :class:`UserError`.
+    ``base_url``, the name under which an OpenAI-compatible server serves it. ``audit`` is a file for the audit log,
+    signed by the private key in the file ``audit_key``. Raises :class:`UserError`.
     """
     model = str(model)
     if max_tokens < 1 or (limit is not None and limit < 1):
@@ -127,6 +132,17 @@ def evaluate(
     file = None if output is None else PredictionFile(predictions_path(output), fresh)
     about = {"model": name or model_name(model), "weights": weights_digest(model) if base_url is None else ""}
     known = {} if file is None else file.rows
+    trail: Trail | None = None
+    if audit is not None:
+        trail = Trail(
+            Path(audit),
+            model,
+            about["model"],
+            parquet_files(data),
+            served=base_url is not None,
+            template=template,
+            key=None if audit_key is None else Path(audit_key),
+        )
     engine: Engine | None = None
     results = []
     try:
@@ -135,24 +151,31 @@ def evaluate(
             asked = apply_control(questions, one.control, control_seed, shuffle_within, template)
             about_pass = about | {"control": one.control, "decoding": one.decoding.name, "max_tokens": max_tokens}
             todo.append((one, asked, about_pass))
-        if file is not None and (reason := _stale(todo, file)):
-            print(f"{reason}; asking all again, the earlier answers are in {file.set_aside()}", file=sys.stderr)
+        stale = "" if file is None else _stale(todo, file)
+        if file is not None and stale:
+            print(f"{stale}; asking all again, the earlier answers are in {file.set_aside()}", file=sys.stderr)
         left = sum(key not in known for one, asked, _ in todo for key in _keys(one, asked))
         if left:
             max_images = max(question.n_images for question in questions)
             engine = _start(model, engine_options, max_images, base_url, concurrency, file)
+        if trail is not None:
+            trail.start(_answered(todo, known), asking=left > 0, afresh=fresh or stale != "")
         with tqdm(total=left, unit="answer", desc="evaluate", disable=not left) as progress:
             for one, asked, about_pass in todo:
                 progress.set_postfix_str(f"{one.control}, {one.decoding.name}")
-                rows = _run_pass(engine, one, asked, about_pass, known, file, progress)
+                rows = _run_pass(engine, one, asked, about_pass, known, file, trail, progress)
                 results.append(PassResult(one.control, one.decoding.name, rows))
         if file is not None:
             file.finish()
         if engine is not None:
             engine.finish()
+        if trail is not None:
+            trail.finish()
     finally:
         if file is not None:
             file.close()
+        if trail is not None:
+            trail.stop()
     return results
 
 
@@ -184,6 +207,7 @@ def _run_pass(
     about: dict[str, Any],
     known: dict[Key, dict[str, Any]],
     file: PredictionFile | None,
+    trail: Trail | None,
     progress: tqdm,
 ) -> list[dict[str, Any]]:
     rows = dict(known)
@@ -192,22 +216,44 @@ def _run_pass(
     for start in range(0, len(left), engine.chunk if engine else 1):
         assert engine is not None  # started whenever something is left to ask
         new: dict[Key, dict[str, Any]] = {}
+        chunk = left[start : start + engine.chunk]
+        if trail is not None:
+            chunk = [trail.watch(question) for question in chunk]
         try:
-            for question, outputs in engine.ask(left[start : start + engine.chunk], one.decoding, about["max_tokens"]):
+            for question, outputs in engine.ask(chunk, one.decoding, about["max_tokens"]):
                 row = _row(question, outputs, about)
                 new[key_of(row)] = row
+                if trail is not None:
+                    trail.answer(question, row, one.decoding, outputs)
                 progress.update()
                 if time.monotonic() > saved + SAVE_EVERY:
-                    saved = _save(new, rows, file)
+                    saved = _save(new, rows, file, trail)
         finally:
-            saved = _save(new, rows, file)
+            saved = _save(new, rows, file, trail)
     return [rows[key] for key in _keys(one, asked)]
 
 
-def _save(new: dict[Key, dict[str, Any]], rows: dict[Key, dict[str, Any]], file: PredictionFile | None) -> float:
+def _answered(
+    todo: Iterable[tuple[Pass, Sequence[Question], dict[str, Any]]], known: dict[Key, dict[str, Any]]
+) -> Iterator[tuple[Question, dict[str, Any], Decoding]]:
+    """What this evaluation need not ask, as an earlier one did."""
+    for one, asked, _ in todo:
+        for key, question in zip(_keys(one, asked), asked, strict=True):
+            if key in known:
+                yield question, known[key], one.decoding
+
+
+def _save(
+    new: dict[Key, dict[str, Any]],
+    rows: dict[Key, dict[str, Any]],
+    file: PredictionFile | None,
+    trail: Trail | None,
+) -> float:
     """Move new answers to the known ones and to the disk; returns the time."""
     if file is not None and new:
         file.add(new.values())
+    if trail is not None:
+        trail.write()
     rows.update(new)
     new.clear()
     return time.monotonic()
@@ -393,6 +439,14 @@ def _parser() -> argparse.ArgumentParser:
         "--template", help="prompt template file (as `medr1 convert --template`) instead of the rows' own prompt"
     )
     parser.add_argument("--fresh", action="store_true", help="forget answers that --output already holds")
+    parser.add_argument(
+        "--audit",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help=f"keep an audit log of every answer (default FILE: {AUDIT_NAME} beside the predictions)",
+    )
+    parser.add_argument("--audit-key", metavar="KEY", help="Ed25519 private key (PEM or OpenSSH) that signs the log")
     engine = parser.add_argument_group("vLLM in this process")
     engine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs to split the model over")
     engine.add_argument("--gpu-memory", type=float, metavar="SHARE", help="share of each GPU that vLLM may take (0-1)")
@@ -426,6 +480,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if args.n > 1 and not any(one.decoding.temperature for one in passes):
         raise UserError(f"--n {args.n} needs a --temperature above 0")
+    if args.audit_key and args.audit is None:
+        raise UserError("--audit-key signs an audit log; add --audit")
+    audit = args.audit if args.audit != "" else predictions_path(args.output).with_name(AUDIT_NAME)
     started = time.monotonic()
     results = evaluate(
         args.model,
@@ -445,9 +502,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         base_url=args.base_url,
         concurrency=args.concurrency,
         fresh=args.fresh,
+        audit=audit,
+        audit_key=args.audit_key,
     )
     row = results[0].rows[0]
     print(f"{row['model']}, {row['style']}, {args.max_tokens} new tokens at most; accuracy in per cent")
     print(accuracy_table(results))
     print(f"{predictions_path(args.output)} ({time.monotonic() - started:.0f} s)")
+    if audit is not None:
+        print(f"{audit} (medr1 audit verify)")
     return 0

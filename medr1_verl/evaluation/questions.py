@@ -70,7 +70,7 @@ def read_questions(
     """
     if style is not None and style not in STYLES:
         raise UserError(f"style {style!r} is not one of {', '.join(STYLES)}")
-    files = [file for path in paths for file in _parquet_files(Path(path))]
+    files = parquet_files(paths)
     questions = [question for file in files for question in _read(file)]
     seen: set[str] = set()
     for question in questions:
@@ -97,6 +97,11 @@ def spread(questions: Iterable[Question], limit: int) -> list[Question]:
         ranked.append((rounds[cell], position, question))
     chosen = sorted(ranked, key=lambda item: item[:2])[:limit]
     return [question for _, _, question in sorted(chosen, key=lambda item: item[1])]
+
+
+def parquet_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that :func:`read_questions` reads. Raises :class:`UserError` where there are none."""
+    return [file for path in paths for file in _parquet_files(Path(path))]
 
 
 def _parquet_files(path: Path) -> list[Path]:

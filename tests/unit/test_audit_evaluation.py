@@ -1,0 +1,366 @@
+"""Logs of an evaluation, of predictions and of validation dumps; exports. The engine is a table of answers here."""
+
+import csv
+import hashlib
+import io
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from medr1_verl.audit.export import to_csv
+from medr1_verl.audit.log import SCHEMA_FILE, read_answers
+from medr1_verl.audit.provenance import folder_sha256, public_name
+from medr1_verl.audit.trail import picture_sha256
+from medr1_verl.audit.verify import verify
+from medr1_verl.cli import main as medr1
+from medr1_verl.errors import UserError
+from medr1_verl.evaluation import evaluate as module
+from medr1_verl.evaluation.engine import Decoding, Output
+from medr1_verl.evaluation.evaluate import Pass, evaluate
+from medr1_verl.prompt import render_prompt
+
+OPTIONS = ["CT", "MRI", "OCT"]
+ROWS = 8
+
+
+def row(number):
+    picture = io.BytesIO()
+    Image.new("RGB", (56, 28), (number, 0, 255 - number)).save(picture, "PNG")
+    question = "Which one?" if number < 2 else f"Which one of {number}?"  # the first two differ in their picture only
+    return {
+        "data_source": "omnimedvqa/ct",
+        "prompt": [{"role": "user", "content": render_prompt(question, OPTIONS, "think")}],
+        "images": [{"bytes": picture.getvalue()}],
+        "ability": "medical_vqa",
+        "reward_model": {"style": "rule", "ground_truth": "A"},
+        "extra_info": {
+            "question_id": f"q{number}",
+            "dataset": "set",
+            "modality": "ct",
+            "question_type": "modality_recognition",
+            "question": question,
+            "options": OPTIONS,
+            "answer": "A",
+            "image_sha256": f"{number:064x}",
+            "style": "think",
+        },
+    }
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([row(number) for number in range(ROWS)]), folder / "test.parquet")
+    (folder / "manifest.json").write_text("{}")
+    return folder / "test.parquet"
+
+
+@pytest.fixture
+def model(tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    (run / "config").mkdir(parents=True)
+    (run / "config" / "config.yaml").write_text("a: 1\n")
+    (run / "run.json").write_text(json.dumps({"MODEL_PATH": "/home/somebody/models/base-2b"}))
+    path = run / "model"
+    path.mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"):
+        (path / name).write_text(name)
+    return path
+
+
+class TableEngine:
+    """Loads the pictures, as an engine does, and answers A; dies when told to."""
+
+    chunk = 3
+
+    def __init__(self):
+        self.asked = 0
+        self.die_at = None
+
+    def ask(self, questions, decoding, max_tokens):
+        for question in questions:
+            question.load_images()
+        for question in questions:
+            if self.asked == self.die_at:
+                raise UserError("the engine died")
+            self.asked += 1
+            texts = ["<think>so</think><answer>A</answer>", "<answer>B</answer>"]
+            yield question, [Output(texts[index % 2], 9, 0) for index in range(decoding.n)]
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    table = TableEngine()
+    monkeypatch.setattr(module, "_start", lambda *args: table)
+    return table
+
+
+def answers(path):
+    return list(read_answers(path))
+
+
+def test_log_of_an_evaluation(tmp_path, data, model, engine):
+    log = tmp_path / "audit.jsonl"
+    passes = [Pass(), Pass("blank"), Pass("shuffled"), Pass("text-only"), Pass(decoding=Decoding(1.0, 3))]
+    evaluate(str(model), [data], passes, tmp_path / "out", audit=log)
+    report = verify(log)
+    assert report.good
+    assert report.answers == ROWS * len(passes)
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+    for line in log.read_text().splitlines():
+        validator.validate(json.loads(line))
+    by_key = {(a["question_id"], a["control"], a["decoding"]): a for a in answers(log)}
+    own = hashlib.sha256(b"RGB 56 28\n" + bytes([3, 0, 252]) * (56 * 28)).hexdigest()
+    plain, blank, shuffled, text_only = (by_key["q3", c, "greedy"] for c in ("none", "blank", "shuffled", "text-only"))
+    source = f"{3:064x}"
+    assert plain["images"] == [{"source_sha256": source, "seen_sha256": own, "width": 56, "height": 28}]
+    assert blank["images"][0]["seen_sha256"] == picture_sha256(Image.new("RGB", (56, 28), (128, 128, 128)))
+    assert shuffled["images"][0]["seen_sha256"] not in (own, None)
+    assert text_only["images"] == [{"source_sha256": source, "seen_sha256": None, "width": None, "height": None}]
+    assert (plain["question"], plain["options"], plain["reasoning"], plain["pred"]) == (
+        "Which one of 3?",
+        OPTIONS,
+        "so",
+        "A",
+    )
+    assert plain["score"]["acc"] == 1
+    assert plain["sampling"] == {"temperature": 0.0, "top_p": 1.0, "n": 1, "seed": None, "max_tokens": 256}
+    sampled = by_key["q3", "none", "T=1 n=3 seed=0"]
+    assert len(sampled["samples"]) == 3
+    assert sampled["sampling"]["seed"] == Decoding(1.0, 3).seed_of("q3")
+    about = plain["context"]["model"]
+    assert (about["name"], about["base"]) == ("tiny", "base-2b")
+    assert about["config_sha256"] == hashlib.sha256(b"a: 1\n").hexdigest()
+    assert plain["context"]["data"][0]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+
+
+def test_weights_digest_is_sha256sums(model):
+    listing = subprocess.run("LC_ALL=C sha256sum *", shell=True, cwd=model, capture_output=True, check=True).stdout
+    assert folder_sha256(model) == hashlib.sha256(listing).hexdigest()
+
+
+def test_nothing_in_it_names_a_place_or_a_person(tmp_path, data, model, engine):
+    log = tmp_path / "audit.jsonl"
+    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    text = log.read_text()
+    for private in (str(tmp_path), "somebody", socket.gethostname(), str(Path.home())):
+        assert private not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"),
+        ("/home/somebody/models/qwen", "qwen"),
+        ("../a/b/qwen", "qwen"),
+        ("my-run", "my-run"),
+    ],
+)
+def test_public_name(name, public):
+    assert public_name(name) == public
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 4, 7])
+def test_interrupted_evaluation_goes_on_in_the_same_log(tmp_path, data, model, engine, die_at):
+    log = tmp_path / "audit.jsonl"
+    engine.die_at = die_at
+    with pytest.raises(UserError, match="the engine died"):
+        evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    assert [fault.code for fault in verify(log).faults] == ["incomplete"]
+    engine.die_at = None
+    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    assert verify(log).good
+    assert sorted(a["question_id"] for a in answers(log)) == [f"q{n}" for n in range(ROWS)]
+    assert {a["origin"] for a in answers(log)} == {"live"}
+
+
+def test_answers_from_before_the_log_are_copied(tmp_path, data, model, engine):
+    evaluate(str(model), [data], [Pass()], tmp_path / "out")
+    log = tmp_path / "audit.jsonl"
+    evaluate(str(model), [data], [Pass(), Pass("blank")], tmp_path / "out", audit=log)
+    assert verify(log).good
+    assert {a["control"]: a["origin"] for a in answers(log)} == {"none": "predictions", "blank": "live"}
+
+
+def test_closed_log_is_kept(tmp_path, data, model, engine):
+    log = tmp_path / "audit.jsonl"
+
+    def once(*passes, **options):
+        evaluate(str(model), [data], list(passes), tmp_path / "out", audit=log, **options)
+        assert verify(log).good
+
+    once(Pass())
+    before = log.read_bytes()
+    root = verify(log).root
+    once(Pass())
+    assert log.read_bytes() == before, "nothing was asked: the log stays"
+    once(Pass(), Pass("blank"))
+    assert (tmp_path / "audit.1.jsonl").read_bytes() == before
+    assert json.loads(log.read_text().splitlines()[0])["follows"] == root
+    assert {a["control"] for a in answers(log)} == {"blank"}
+    once(Pass(), fresh=True)
+    assert (tmp_path / "audit.2.jsonl").is_file()
+    assert len(answers(log)) == ROWS
+
+
+def test_damaged_log_is_kept_and_all_answers_written_again(tmp_path, data, model, engine, capsys):
+    log = tmp_path / "audit.jsonl"
+    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    log.write_bytes(log.read_bytes().replace(b'"pred":"A"', b'"pred":"B"', 1))
+    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    assert "was altered" in capsys.readouterr().err
+    assert verify(log).good
+    assert len(answers(log)) == ROWS
+    assert not verify(tmp_path / "audit.1.jsonl").good
+
+
+def test_command_line(tmp_path, data, model, engine, capsys):
+    arguments = ["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert medr1([*arguments, "--audit"]) == 0
+    assert verify(tmp_path / "out" / "audit.jsonl").good
+    assert medr1([*arguments, "--audit-key", "k"]) == 2
+    assert "add --audit" in capsys.readouterr().err
+
+
+# --- logs made afterwards
+
+
+def test_log_of_predictions(tmp_path, data, model, engine, capsys):
+    evaluate(str(model), [data], [Pass(), Pass("blank")], tmp_path / "out")
+    log = tmp_path / "log.jsonl"
+    arguments = ["audit", "record", str(tmp_path / "out"), "--data", str(data), "--model", str(model)]
+    assert medr1([*arguments, "--output", str(log)]) == 0
+    assert verify(log).answers == 2 * ROWS
+    one = answers(log)[0]
+    assert (one["origin"], one["question"]) == ("predictions", "Which one?")
+    assert one["context"]["model"]["weights_sha256"] == folder_sha256(model)
+    assert medr1([*arguments, "--output", str(log)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def dump(number, question, step=5):
+    text = render_prompt(question, OPTIONS, "think", n_images=0)
+    return {
+        "input": f"system\nYou are a helpful assistant.\nuser\n{text}\nassistant\n",
+        "output": "<think>so</think><answer>A</answer>",
+        "gts": "A",
+        "score": 2.0,
+        "step": step,
+        "reward": 2.0,
+        "acc": 1,
+        "format": 1,
+        "parsed": 1,
+        "pred": "A",
+        "uid": f"{number}",
+    }
+
+
+def test_log_of_validation_dumps(tmp_path, data):
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    for step in (0, 10, 5):
+        rows = [dump(0, "Which one?", step), dump(1, "Which one of 4?", step)]
+        (folder / f"{step}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    log = tmp_path / "log.jsonl"
+    assert medr1(["audit", "record", str(folder), "--data", str(data), "--output", str(log)]) == 0
+    assert verify(log).good
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+    for line in log.read_text().splitlines():
+        validator.validate(json.loads(line))
+    found = answers(log)
+    assert [one["step"] for one in found] == [0, 0, 5, 5, 10, 10]
+    two_rows_have_it, unique = found[:2]
+    assert (two_rows_have_it["question_id"], two_rows_have_it["question"]) == (None, "Which one?")
+    assert (unique["question_id"], unique["images"][0]["source_sha256"]) == ("q4", f"{4:064x}")
+    assert unique["score"] == {"score": 2.0, "acc": 1, "format": 1, "parsed": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("0.jsonl", "{", "line 1: is not JSON"),
+        ("0.jsonl", '{"input": "x"}\n', "line 1: is no validation answer"),
+        ("0.jsonl", "", "holds no answer"),
+        ("0.jsonl", json.dumps(dump(0, "Another?")) + "\n", "is not in the data given"),
+        (
+            "predictions.jsonl",
+            json.dumps({"question_id": "q0", "acc": 1, "image_sha256": "0" * 64}) + "\n",
+            "lacks 'output'",
+        ),
+        ("predictions.jsonl", '{"question_id": "z", "acc": 1}\n', "not in the data given"),
+        ("notes.txt", "", "holds no answer"),
+    ],
+)
+def test_bad_sources_are_one_line(tmp_path, data, name, content, words, capsys):
+    source = tmp_path / name
+    source.write_text(content)
+    arguments = ["audit", "record", str(source), "--data", str(data), "--output", str(tmp_path / "log.jsonl")]
+    assert medr1(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+# --- for others
+
+
+def test_show(tmp_path, data, model, engine, capsys):
+    log = tmp_path / "log.jsonl"
+    evaluate(str(model), [data], [Pass(), Pass("blank")], tmp_path / "out", audit=log)
+    capsys.readouterr()
+    assert medr1(["audit", "show", str(log), "q3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count('"question_id": "q3"') == 2
+    assert medr1(["audit", "show", str(log), "5"]) == 0
+    assert json.loads(capsys.readouterr().out)["seq"] == 5
+    assert medr1(["audit", "show", str(log), "q99"]) == 2
+    assert "no answer 'q99'" in capsys.readouterr().err
+
+
+def test_csv(tmp_path, data, model, engine, monkeypatch):
+    formula = '=HYPERLINK("http://x")'
+    monkeypatch.setattr(
+        engine, "ask", lambda questions, *_: ((question, [Output(formula, 9, 0)]) for question in questions)
+    )
+    log = tmp_path / "log.jsonl"
+    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    table = tmp_path / "log.csv"
+    assert to_csv(log, table) == ROWS
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[2]["question_id"] == "q2"
+    assert rows[2]["output"] == "'" + formula
+    assert rows[2]["acc"] == "0"
+    with pytest.raises(UserError, match="exists"):
+        to_csv(log, table)
+
+
+def test_inspect_log(tmp_path, data, model, engine, capsys):
+    inspect_log = pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed")
+    log = tmp_path / "log.jsonl"
+    evaluate(str(model), [data], [Pass(), Pass("blank")], tmp_path / "out", audit=log)
+    arguments = ["audit", "export", str(log), "--format", "inspect", "--output", str(tmp_path / "logs")]
+    assert medr1([*arguments, "--data", str(data)]) == 0
+    files = sorted((tmp_path / "logs").glob("*.eval"))
+    assert len(files) == 2
+    read = inspect_log.read_eval_log(str(files[0]))
+    assert read.status == "success"
+    assert len(read.samples) == ROWS
+    assert read.results.scores[0].metrics["mean"].value == 1.0
+    sample = read.samples[0]
+    assert sample.scores["acc"].value == 1
+    assert sample.messages[0].content[0].image.startswith(("data:image/png;base64,", "attachment://"))
+    assert medr1(arguments) == 2
+    assert "give an empty folder" in capsys.readouterr().err
