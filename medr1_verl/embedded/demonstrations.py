@@ -22,8 +22,11 @@ from medr1_verl.styles import STYLES
 
 @dataclass(frozen=True)
 class Noise:
-    """Shares of the demonstrations, 0 to 1: ``wrong`` reason towards an option drawn at random (all options alike, so the
-    right one now and then), ``malformed`` break the format in one of the ways of :data:`MALFORMATIONS`."""
+    """Shares of the demonstrations, 0 to 1.
+
+    ``wrong`` of them reason towards an option drawn at random (all options alike, so the right one now and then);
+    ``malformed`` of them break the format in one of the ways of :data:`MALFORMATIONS`.
+    """
 
     wrong: float = 0.35
     malformed: float = 0.3

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
@@ -159,7 +159,7 @@ TOPICS: dict[str, tuple[Topic, ...]] = {
 def _grid() -> tuple[Array, Array]:
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE
     x, y = np.meshgrid(axis, axis)
-    return x, y
+    return np.asarray(x, dtype=np.float32), np.asarray(y, dtype=np.float32)
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float | None = None, tilt: float = 0.0, soft: float = 0.008) -> Array:
@@ -198,17 +198,17 @@ def _strokes(lines: Sequence[tuple[Sequence[tuple[float, float]], float]]) -> Ar
         draw.line(
             [(px * size, py * size) for px, py in points], fill=255, width=max(1, round(width * size)), joint="curve"
         )
-    return np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
+    return np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / np.float32(255)
 
 
 def _texture(rng: Rng, cells: int) -> Array:
     """Smooth noise of unit variance with about ``cells`` grains along a side."""
     noise = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     field = np.asarray(noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
-    return (field - field.mean()) / (field.std() + 1e-6)
+    return np.asarray((field - field.mean()) / (field.std() + 1e-6), dtype=np.float32)
 
 
-def _paint(canvas: Array, mask: Array, value: float | Sequence[float], opacity: float = 1.0) -> None:
+def _paint(canvas: Array, mask: Array, value: ArrayLike, opacity: float = 1.0) -> None:
     """Lay ``value`` (a grey level or three channels) over ``canvas`` where ``mask`` is."""
     weight = mask * np.float32(opacity)
     if canvas.ndim == 3:
@@ -218,7 +218,7 @@ def _paint(canvas: Array, mask: Array, value: float | Sequence[float], opacity: 
 
 def _blur(canvas: Array, pixels: float) -> Array:
     image = Image.fromarray((np.clip(canvas, 0, 1) * 255).astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(pixels)), dtype=np.float32) / 255
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(pixels)), dtype=np.float32) / np.float32(255)
 
 
 def _pick(rng: Rng, values: Sequence[str]) -> str:
@@ -230,7 +230,7 @@ _LEVEL = {"Mild": 0, "Moderate": 1, "Severe": 2}
 
 
 def _lesion(canvas: Array, rng: Rng, facts: dict[str, str], x: float, y: float, tumor: float, cyst: float) -> None:
-    """A tumor is a rough solid blob of grey level ``tumor``; a cyst a smooth ``cyst``-grey disc in a thin bright rim."""
+    """A tumor is a rough solid blob of grey level ``tumor``; a cyst a smooth disc of ``cyst`` in a thin bright rim."""
     if facts["diagnosis"] == "Normal":
         return
     radius = _RADIUS[facts["grade"]] * rng.uniform(0.92, 1.08)
@@ -387,7 +387,7 @@ def _draw_xray(rng: Rng, facts: dict[str, str]) -> Array:
 
 
 def _draw_ultrasound(rng: Rng, facts: dict[str, str]) -> Array:
-    """Speckle inside a fan (convex probe) or a rectangle (linear probe) on black; fluid is black, stones cast shadows."""
+    """Speckle inside a fan (convex probe) or a rectangle (linear probe) on black; fluid is black, stones shadow."""
     gx, gy = _grid()
     tissue = np.full((SIDE, SIDE), 0.42, dtype=np.float32)
     organ = facts["anatomy"]
@@ -532,7 +532,7 @@ def _draw_fundus(rng: Rng, facts: dict[str, str]) -> Array:
 
 
 def _draw_oct(rng: Rng, facts: dict[str, str]) -> Array:
-    """A cross-section of the retina: bright layers over a dark vitreous, with the foveal pit or the deep cup of the disc."""
+    """A cross-section of the retina: bright layers over a dark vitreous, with the foveal pit or the cup of the disc."""
     gx, gy = _grid()
     column = gx[0]
     tilt, lift = rng.uniform(-0.08, 0.08), rng.uniform(-0.03, 0.03)
@@ -763,7 +763,8 @@ def generate(
             folder = work / "Images" / dataset
             folder.mkdir(parents=True)
             rng = np.random.default_rng([seed, order, 1 << 32])
-            letters, rows = _Letters(rng), []
+            letters = _Letters(rng)
+            rows: list[dict] = []
             for index in range(images_per_modality):
                 phantom = draw(modality, index, seed)
                 file = folder / f"phantom_{modality}_{index:05d}.png"

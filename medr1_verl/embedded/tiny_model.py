@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from medr1_verl.embedded.demonstrations import Noise, answer_text, reasoning
+from medr1_verl.embedded.demonstrations import Noise, answer_text
 from medr1_verl.errors import UserError
 from medr1_verl.prompt import IMAGE_MARK
 from medr1_verl.styles import STYLES
@@ -80,13 +80,16 @@ VISION_CONFIG: dict[str, Any] = {"depth": 2, "embed_dim": 64, "num_heads": 4, "m
 
 
 def make_tokenizer(prompts: Iterable[str]) -> Any:
-    """A byte-level BPE tokenizer (any text can be tokenised) learnt from ``prompts``, with Qwen2-VL's special tokens."""
+    """A byte-level BPE tokenizer (so for any text) learnt from ``prompts``, with Qwen2-VL's special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
     # The fixed words around an answer. No answer's letter: "A" must be one token behind a line break in the list of
     # options and behind "<answer>", so no merge may join it to what is before it.
-    frame = [answer_text(style, "|", "|") for style in STYLES] + ["system\nYou are a helpful assistant.", "user\nassistant\n"]
+    frame = [answer_text(style, "|", "|") for style in STYLES] + [
+        "system\nYou are a helpful assistant.",
+        "user\nassistant\n",
+    ]
     corpus = [prompt.replace(IMAGE_MARK, "") for prompt in prompts]
     corpus += [piece for text in frame for piece in text.split("|")] * 20
     blank = Qwen2TokenizerFast()
@@ -160,7 +163,7 @@ def make_model(tokenizer: Any, seed: int) -> Any:
 
 # Look-back: heads that attend a fixed number of tokens back, by layer. A word in the option list so learns its letter.
 LOOK_BACK = {0: (1, 2, 3, 4), 2: (1,)}
-# Match: heads that attend to equal tokens. The word in the reasoning so finds the same word in the list, and with it the
+# Match: heads that attend to equal tokens. The word in the reasoning so finds the same word in the list, with its
 # letter. They read one half of the residual stream, which the layers before them do not write: there the token itself
 # stays legible.
 MATCHING_LAYER = 1
@@ -230,7 +233,10 @@ def lay_out(model: Any, seed: int) -> None:
 def _source_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(__file__).parent
-    for source in (*(folder / n for n in ("tiny_model.py", "warm_start.py", "demonstrations.py")), folder.parent / "styles.py"):
+    for source in (
+        *(folder / n for n in ("tiny_model.py", "warm_start.py", "demonstrations.py")),
+        folder.parent / "styles.py",
+    ):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -319,8 +325,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of the last stage; default %(default)s")
-    parser.add_argument("--wrong", type=float, default=Noise.wrong, metavar="SHARE", help="demonstrations towards a random option; default %(default)s")
-    parser.add_argument("--malformed", type=float, default=Noise.malformed, metavar="SHARE", help="demonstrations in a broken format; default %(default)s")
+    parser.add_argument(
+        "--wrong",
+        type=float,
+        default=Noise.wrong,
+        metavar="SHARE",
+        help="demonstrations towards a random option; default %(default)s",
+    )
+    parser.add_argument(
+        "--malformed",
+        type=float,
+        default=Noise.malformed,
+        metavar="SHARE",
+        help="demonstrations in a broken format; default %(default)s",
+    )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep models here, and take them from here")
     args = parser.parse_args(argv)
     build(args.train, args.output, args.seed, args.steps, Noise(args.wrong, args.malformed), args.cache)

@@ -90,7 +90,10 @@ def _schedule(step: int, steps: int, warm_up: int = 20, floor: float = 0.1) -> f
 
 @dataclass
 class _Pictures:
-    """Every distinct image once, as the processor gives it: patches (h * w, channels * frames * 14 * 14) and (t, h, w)."""
+    """Every distinct image once, as the processor gives it.
+
+    ``patches`` (h * w, channels * frames * 14 * 14) and ``grids`` (t, h, w) by number; ``of_row`` each row's numbers.
+    """
 
     patches: list[Tensor]
     grids: list[tuple[int, int, int]]
@@ -99,7 +102,9 @@ class _Pictures:
     @classmethod
     def read(cls, rows: Sequence[dict[str, Any]], processor: Any, bar: Any) -> _Pictures:
         places: dict[bytes | str, int] = {}
-        patches, grids, of_row = [], [], []
+        patches: list[Tensor] = []
+        grids: list[tuple[int, int, int]] = []
+        of_row: list[list[int]] = []
         for row in rows:
             numbers = []
             for image in row["images"]:
@@ -232,7 +237,9 @@ def _token_losses(model: Any, states: Tensor, ids: Tensor, wanted: Tensor) -> tu
     return functional.cross_entropy(logits, ids[:, 1:][chosen], reduction="none"), marks[chosen]
 
 
-def read(model: Any, encode: _Encoder, rows: Sequence[dict[str, Any]], steps: int, rng: random.Random) -> Iterator[float]:
+def read(
+    model: Any, encode: _Encoder, rows: Sequence[dict[str, Any]], steps: int, rng: random.Random
+) -> Iterator[float]:
     """Stage 1; yields the loss of the letters of each batch."""
     language = model.model.language_model
     words = sorted({option for row in rows for option in row["extra_info"]["options"]})
@@ -250,7 +257,9 @@ def read(model: Any, encode: _Encoder, rows: Sequence[dict[str, Any]], steps: in
         yield letters.item()
 
 
-def see(model: Any, pictures: _Pictures, rows: Sequence[dict[str, Any]], epochs: int, rng: torch.Generator) -> Iterator[float]:
+def see(
+    model: Any, pictures: _Pictures, rows: Sequence[dict[str, Any]], epochs: int, rng: torch.Generator
+) -> Iterator[float]:
     """Stage 2; yields the loss of each batch of images."""
     visual = model.model.visual
     classes: dict[tuple[str, str], int] = {}
@@ -293,9 +302,11 @@ def see(model: Any, pictures: _Pictures, rows: Sequence[dict[str, Any]], epochs:
 
 
 class _Prompts:
-    """Token ids and rotary positions of each row's prompt, exactly as verl makes them: chat template, then processor."""
+    """Token ids and rotary positions of each row's prompt, as verl makes them: chat template, then processor."""
 
-    def __init__(self, model: Any, processor: Any, rows: Sequence[dict[str, Any]], pictures: _Pictures, encode: _Encoder) -> None:
+    def __init__(
+        self, model: Any, processor: Any, rows: Sequence[dict[str, Any]], pictures: _Pictures, encode: _Encoder
+    ) -> None:
         merge = processor.image_processor.merge_size**2
         image = model.config.image_token_id
         self.ids: list[list[int]] = []
@@ -351,13 +362,19 @@ def answer(
         if len(order) < BATCH or (clean and step >= clean_steps):
             clean = step < clean_steps
             epoch += 1
-            drawn = demonstrations(rows, seed=int(torch.randint(1 << 30, (1,), generator=rng)), noise=CLEAN if clean else noise)
+            drawn = demonstrations(
+                rows, seed=int(torch.randint(1 << 30, (1,), generator=rng)), noise=CLEAN if clean else noise
+            )
             answers = [made["messages"][-1]["content"] for made in drawn]
-            order = [i for _ in range(-(-BATCH // len(rows))) for i in torch.randperm(len(rows), generator=rng).tolist()]
+            order = [
+                i for _ in range(-(-BATCH // len(rows))) for i in torch.randperm(len(rows), generator=rng).tolist()
+            ]
         batch, order = order[:BATCH], order[BATCH:]
         turns = [encode(answers[i] + "<|im_end|>\n") for i in batch]
         ids = _pad([prompts.ids[i] + turn for i, turn in zip(batch, turns, strict=True)], torch.long)
-        wanted = _pad([[0] * len(prompts.ids[i]) + [1] * len(turn) for i, turn in zip(batch, turns, strict=True)], torch.long)
+        wanted = _pad(
+            [[0] * len(prompts.ids[i]) + [1] * len(turn) for i, turn in zip(batch, turns, strict=True)], torch.long
+        )
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         for number, i in enumerate(batch):
             given = prompts.positions[i]
@@ -384,13 +401,13 @@ def warm_start(
     noise: Noise | None = None,
     progress: bool = True,
 ) -> None:
-    """Train ``model`` in place on ``rows`` (converted rows with options and images), ``steps`` batches in the last stage."""
+    """Train ``model`` in place on converted ``rows`` with options and images, ``steps`` batches in the last stage."""
     noise = Noise() if noise is None else noise
     share = min(1.0, steps / STEPS)
     encode = _Encoder(processor.tokenizer)
     generator = torch.Generator().manual_seed(seed)
 
-    def bar(name: str, total: int, unit: str = "step") -> Any:
+    def bar(name: str, total: int | None, unit: str = "step") -> Any:
         return tqdm(total=total, desc=name, unit=unit, disable=not progress)
 
     model.train()
