@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,14 @@ def picture_sha256(picture: Image.Image) -> str:
     return digest.hexdigest()
 
 
+def _seen(pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """What the record says of the pictures that the engine was given."""
+    return [
+        {"seen_sha256": picture_sha256(picture), "width": picture.width, "height": picture.height}
+        for picture in pictures
+    ]
+
+
 class Trail:
     """The log of one evaluation. Made before the engine starts: the weights are hashed while that goes on."""
 
@@ -53,7 +61,7 @@ class Trail:
         self._key = None if key is None else load_private_key(key)
         self._log: AuditLog | None = None
         self._buffer: list[dict[str, Any]] = []
-        self._seen: dict[str, list[dict[str, Any]]] = {}
+        self._seen: dict[str, Future[list[dict[str, Any]]]] = {}
 
         def context() -> dict[str, Any]:
             return {
@@ -67,7 +75,7 @@ class Trail:
 
         self._make_context = context
         # A hub model may still have to be fetched by the engine: its digest waits for the first answer.
-        self._pool = ThreadPoolExecutor(1, "digests")
+        self._pool = ThreadPoolExecutor(2, "digests")
         self._context = self._pool.submit(context) if served or Path(model).is_dir() else None
         self._number: int | None = None
 
@@ -105,18 +113,18 @@ class Trail:
 
         def noted() -> list[Image.Image]:
             pictures = load()
-            self._seen[question.question_id] = [
-                {"seen_sha256": picture_sha256(picture), "width": picture.width, "height": picture.height}
-                for picture in pictures
-            ]
+            # In a thread: hashing leaves the interpreter free, and the answer takes far longer to come.
+            self._seen[question.question_id] = self._pool.submit(_seen, list(pictures))
             return pictures
 
         return replace(question, load_images=noted)
 
     def answer(self, question: Question, row: Mapping[str, Any], decoding: Decoding, outputs: Sequence[Output]) -> None:
         """Keep one new answer until the next :meth:`write`."""
-        seen = self._seen.pop(question.question_id, [])
-        self._buffer.append(self._record(question, row, decoding, seen, outputs, "live"))
+        seen = self._seen.pop(question.question_id, None)
+        self._buffer.append(
+            self._record(question, row, decoding, seen.result() if seen is not None else [], outputs, "live")
+        )
 
     def write(self) -> None:
         """Bring the answers so far to the disk."""
