@@ -102,6 +102,8 @@ class _Progress:
                 parts.append(f"{label} {metrics[key]:.2f}")
         if "response_length/mean" in metrics:
             parts.append(f"length {metrics['response_length/mean']:.0f}")
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.3f}")
         if PEARSON in metrics:
             parts.append(f"pearson {metrics[PEARSON]:.4f}")
         if "timing_s/step" in metrics:
@@ -129,7 +131,7 @@ def _report_metrics(
     number, metrics = record["step"], record["data"]
     if length_limit:
         metrics[LENGTH_LIMIT] = length_limit
-    if "training/global_step" in metrics:
+    if "training/global_step" in metrics or "train/loss" in metrics:  # GRPO, supervised
         progress.step(number, metrics)
     accuracy, answers_in_format = _mean(metrics, "/acc/mean@1"), _mean(metrics, "/format/mean@1")
     if accuracy is not None:
