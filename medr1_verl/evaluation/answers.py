@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from medr1_verl.open_answers import normalize, token_f1
 from medr1_verl.parsing import LETTERS, option_letter
 from medr1_verl.reward import compute_score
 
@@ -45,13 +46,9 @@ def tolerant_letter(text: str, options: Sequence[str]) -> str:
     one); the only option whose text occurs; the only capital letter that stands alone.
     """
     letters = LETTERS[: len(options)]
-    start = text.rfind("<answer>")
-    if start >= 0:
-        body = text[start + len("<answer>") :].split("</answer>", 1)[0]
-        return _short_answer(body, options) or _stated(body, letters) or _mentioned(body, options)
-    end = text.rfind("</think>")
-    body = text[end + len("</think>") :] if end >= 0 else text.replace("<think>", "")
-    return _short_answer(body, options) or _stated(body, letters) or _mentioned(body, options) or _alone(body, letters)
+    body = _said(text)
+    letter = _short_answer(body, options) or _stated(body, letters) or _mentioned(body, options)
+    return letter if letter or "<answer>" in text else _alone(body, letters)
 
 
 def _short_answer(body: str, options: Sequence[str]) -> str:
@@ -126,21 +123,42 @@ def reference_letter(text: str, style: str) -> str:
 
 
 def read_answer(text: str, style: str, options: Sequence[str], answer: str) -> dict[str, Any]:
-    """The keys of a prediction that depend on the output: the strict reading, then the other two."""
+    """The keys of a prediction that depend on the output: the strict reading, then the other two.
+
+    For an open question (no options) ``pred`` is the normalized answer, the tolerant reading also takes untagged text,
+    and ``token_f1`` (0-1) says how near that comes.
+    """
     strict = compute_score("", text, answer, {"options": list(options), "style": style})
-    tolerant = strict["pred"] or (tolerant_letter(text, options) if options else "")
     reference = reference_letter(text, style)
-    return {
+    reading = {
         "output": text,
         "pred": strict["pred"],
         "acc": strict["acc"],
         "format": strict["format"],
         "parsed": strict["parsed"],
+    }
+    if options:
+        tolerant = strict["pred"] or tolerant_letter(text, options)
+        hit = tolerant == answer
+    else:
+        tolerant = strict["pred"] or normalize(_said(text))
+        hit = bool(tolerant) and tolerant == normalize(answer)
+        reading["token_f1"] = token_f1(tolerant, answer, {})
+    return reading | {
         "pred_tolerant": tolerant,
-        "acc_tolerant": int(tolerant == answer),
-        "pred_reference": reference if len(reference) == 1 else "",
+        "acc_tolerant": int(hit),
+        "pred_reference": reference if len(reference) == 1 or not options else "",
         "acc_reference": int(reference == answer),
     }
+
+
+def _said(text: str) -> str:
+    """The last answer block, closed or not; without one, what follows the reasoning."""
+    start = text.rfind("<answer>")
+    if start >= 0:
+        return text[start + len("<answer>") :].split("</answer>", 1)[0]
+    end = text.rfind("</think>")
+    return text[end + len("</think>") :] if end >= 0 else text.replace("<think>", "")
 
 
 def majority(preds: Sequence[str]) -> str:

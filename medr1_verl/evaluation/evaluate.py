@@ -403,7 +403,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="model directory or hub id; with --base-url the served name")
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PARQUET", help="test.parquet files, or directories that hold them"
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="test.parquet files, directories that hold them, or JSONL",
     )
     parser.add_argument("--output", required=True, help="directory (gets predictions.jsonl) or a .jsonl file")
     parser.add_argument("--name", help="what tables call the model (default: the run's or the directory's name)")

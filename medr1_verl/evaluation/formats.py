@@ -194,6 +194,7 @@ _RUN_COLUMNS = (
     ("tokens, mean", "tokens_mean"),
     ("tokens, median", "tokens_median"),
     ("cut off", "truncated"),
+    ("token F1, open questions", "token_f1"),
     ("chance", "chance"),
     ("blind prior, exact", "prior_exact"),
     ("blind prior, normalised", "prior_normalized"),

@@ -62,7 +62,7 @@ def read_questions(
     style: str | None = None,
     template: Template | None = None,
 ) -> list[Question]:
-    """All rows of the parquet files in ``paths``; a directory stands for the ``test.parquet`` files in it.
+    """All rows of the parquet and JSONL files in ``paths``; a directory stands for the ``test.parquet`` files in it.
 
     ``limit`` keeps the first rows of every modality x question type in turn, so that a short run still touches all of
     them. ``style`` and ``template`` ask the rows anew instead of with their own prompt. Raises :class:`UserError` for
@@ -70,8 +70,14 @@ def read_questions(
     """
     if style is not None and style not in STYLES:
         raise UserError(f"style {style!r} is not one of {', '.join(STYLES)}")
+    from medr1_verl.evaluation.external import read_jsonl
+
     files = parquet_files(paths)
-    questions = [question for file in files for question in _read(file)]
+    questions = [
+        question
+        for file in files
+        for question in (read_jsonl(file, style or "think", template) if file.suffix == ".jsonl" else _read(file))
+    ]
     seen: set[str] = set()
     for question in questions:
         if question.question_id in seen:

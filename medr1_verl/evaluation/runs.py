@@ -20,7 +20,17 @@ from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
 
 READINGS = {"strict": "acc", "tolerant": "acc_tolerant", "reference": "acc_reference"}
 SLICES = {"modality": tuple(MODALITIES), "question_type": tuple(QUESTION_TYPES)}
-_MEASURES = ("acc", "acc_tolerant", "acc_reference", "parsed", "parsed_tolerant", "format", "tokens", "truncated")
+_MEASURES = (
+    "acc",
+    "acc_tolerant",
+    "acc_reference",
+    "parsed",
+    "parsed_tolerant",
+    "format",
+    "tokens",
+    "truncated",
+    "token_f1",
+)
 
 
 @dataclass
@@ -166,6 +176,7 @@ def _values(row: dict[str, Any]) -> list[float]:
         row["format"],
         nan if row.get("tokens") is None else row["tokens"],
         row.get("truncated", nan),
+        row.get("token_f1", nan),
     ]
 
 

@@ -396,6 +396,7 @@ def _overview(
             "tokens_mean": float(np.nanmean(tokens)) if lengths else None,
             "tokens_median": float(np.nanmedian(tokens)) if lengths else None,
             "truncated": percent["truncated"],
+            "token_f1": percent["token_f1"],
             "chance": _chance(n_options[asked]),
             "controls": {},
         }

@@ -122,3 +122,19 @@ def test_three_readings_side_by_side():
 )
 def test_majority(preds, letter):
     assert majority(preds) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "pred", "acc", "tolerant", "acc_tolerant", "f1"),
+    [
+        ("<think>x</think><answer>The Left lung.</answer>", "left lung", 1, "left lung", 1, 1.0),
+        ("<think>x</think><answer>lung</answer>", "lung", 0, "lung", 0, 2 / 3),
+        ("left lung", "", 0, "left lung", 1, 1.0),
+        ("<think>x</think> the liver", "", 0, "liver", 0, 0.0),
+        ("", "", 0, "", 0, 0.0),
+    ],
+)
+def test_open_questions(text, pred, acc, tolerant, acc_tolerant, f1):
+    row = read_answer(text, "think", (), "left lung")
+    assert (row["pred"], row["acc"], row["pred_tolerant"], row["acc_tolerant"]) == (pred, acc, tolerant, acc_tolerant)
+    assert row["token_f1"] == pytest.approx(f1)
