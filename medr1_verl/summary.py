@@ -136,7 +136,7 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
     for modality, after in summary["accuracy_by_modality"].items():
         before = summary["accuracy_by_modality_before"].get(modality)
         lines.append(f"{'  ' + modality + ', greedy':34} {number(before):>8} {number(after):>8}")
-    checkpoint = whole_checkpoint(run_dir)
+    checkpoint, curves = whole_checkpoint(run_dir), run_dir / "curves.png"
     lines += [
         "",
         learned(summary),
@@ -144,7 +144,7 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
         f"merged model   {run_dir / 'model'}",
         f"checkpoint     {checkpoint}" + (f" (step {step_of(checkpoint)})" if checkpoint else ""),
         f"predictions    {run_dir / 'predictions.jsonl'}",
-        f"curves         {run_dir / 'curves.png' if (run_dir / 'curves.png').exists() else 'none: matplotlib is missing'}",
+        f"curves         {curves if curves.exists() else 'not drawn: matplotlib is not installed'}",
         f"metrics, logs  {run_dir / 'metrics.jsonl'}, {run_dir / 'logs'}",
     ]
     return "\n".join(lines)

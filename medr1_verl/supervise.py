@@ -177,7 +177,7 @@ class _VitalSigns:
     So a process counts as dead only while the task runner and Ray's daemons are there without it.
     """
 
-    _FRAME = ("TaskRunnerV1", "raylet", "gcs_server")
+    FRAME = ("TaskRunnerV1", "raylet", "gcs_server")
 
     def __init__(self) -> None:
         self._known: dict[int, str] = {}
@@ -189,7 +189,7 @@ class _VitalSigns:
                 if match:
                     self._known[pid] = next(filter(None, match.groups()))
         gone = {pid: name for pid, name in self._known.items() if pid not in set(living)}
-        if len(gone) == 1 or (gone and not any(name in self._FRAME for name in gone.values())):
+        if len(gone) == 1 or (gone and not any(name in self.FRAME for name in gone.values())):
             pid, name = next(iter(gone.items()))
             return f"{name} (process {pid})"
         return None
@@ -275,7 +275,7 @@ def supervise(
         outcome.failed_groups += sum(bool(_FAILED_GROUP.search(line)) for line in log_lines.lines())
         if trainer.returncode != 0:
             outcome.cause = _cause_in(log) or f"the trainer ended with exit code {trainer.returncode}"
-            if missing:
+            if missing and not missing.startswith(vital.FRAME):  # Ray's own end is a consequence, not the cause
                 outcome.cause = f"{missing} died: {outcome.cause}"
         return outcome
     finally:

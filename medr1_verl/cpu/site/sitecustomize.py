@@ -12,6 +12,9 @@ def _run_the_sitecustomize_that_this_one_hides() -> None:
     import importlib.machinery
     import importlib.util
 
+    if hasattr(sys, "_medr1_site"):  # two checkouts on one path would run each other for ever
+        return
+    sys._medr1_site = True
     here = os.path.dirname(os.path.abspath(__file__))
     others = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
