@@ -3,9 +3,13 @@
 Importing this package costs nothing: no torch, no verl, no vLLM. The modules are
 
 * ``convert``   OmniMedVQA (and other sources) to the parquet rows that verl reads
-* ``styles``    the three answer styles of the paper: prompt, format rule and parser in one definition
-* ``reward``    ``compute_score``, the verifiable reward
-* ``dataset``   an optional verl data set class: other style, option order or slices from the same parquet
+* ``styles``    the three answer styles of the paper, one definition each for prompt, format rule and parser
+* ``prompt``    the user turn in a style, or by a user's own template
+* ``parsing``   reads a completion by the strict rule; ``reference`` pays as the released code does
+* ``reward``    ``compute_score``, the verifiable reward; ``parts`` and ``open_answers`` are its options
+* ``dataset``   an optional verl data set class: other style, option order or slices (``view``) of the same parquet
+* ``config_check``      refuses wrong settings and ground truths before a GPU is taken
+* ``training_metrics``  parts of the reward at every training step
 * ``plugin``    what verl loads by itself (entry point ``verl.plugins``)
 * ``cpu``       the platform that lets verl's own trainer and vLLM run without a GPU
 * ``embedded``  drawn images and a tiny Qwen2-VL: the default run where there is no GPU and no data

@@ -76,7 +76,7 @@ def load_template(path: str | os.PathLike[str]) -> Template:
     once, to say where the pictures go.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # editors on Windows write a mark first
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"template {os.fspath(path)}: cannot be read as UTF-8 text: {error}") from error

@@ -39,6 +39,12 @@ def test_template(template, expected, why):
     assert render_prompt(" Q {x}? ", ["a", "{style}"], "think", template=parsed) == expected, why
 
 
+def test_a_template_file_of_a_windows_editor(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes("\ufeff{question}\r\n{options}\r\n{style}\r\n--- think\r\nI\r\n".encode())
+    assert render_prompt("Q", ["a"], "think", template=load_template(path)) == "<image>Q\nA) a\nI"
+
+
 def test_a_style_without_a_section_keeps_the_projects_wording():
     template = parse_template("{question}\n{options}\n{style}\n--- think\nmine\n")
     assert render_prompt("Q", OPTIONS, "think", template=template).endswith("\nmine")
