@@ -73,6 +73,11 @@ def parser() -> argparse.ArgumentParser:
         "--style", choices=tuple(STYLES), default="think", help="answer style asked for (default: %(default)s)"
     )
     rows.add_argument(
+        "--template",
+        metavar="FILE",
+        help="your own prompt: text with {question}, {options} and {style}, docs/reward.md (default: the project's)",
+    )
+    rows.add_argument(
         "--normalize-options",
         action="store_true",
         help="options in lower case, no trailing period: removes typographic tells",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import random
@@ -25,7 +26,7 @@ from medr1_verl.convert.check import check_row, normalize_option
 from medr1_verl.convert.pool import ImagePool
 from medr1_verl.convert.question import Question, RawRow, RejectedError, RejectedRow
 from medr1_verl.errors import UserError
-from medr1_verl.prompt import LETTERS, render_prompt
+from medr1_verl.prompt import LETTERS, load_template, render_prompt
 from medr1_verl.schema import IMAGE_STORES, make_row
 from medr1_verl.styles import STYLES
 from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
@@ -54,6 +55,7 @@ class Options:
     question_type: Sequence[str] = ()
     by: str = "none"
     style: str = "think"
+    template: str | Path | None = None
     image_size: int = 384
     image_store: str = "bytes"
     jpeg_quality: int = 0
@@ -70,6 +72,9 @@ class Options:
         self.input = Path(self.input)
         self.output = Path(self.output)
         self.splits = Path(self.splits) if self.splits is not None else None
+        self.template = Path(self.template) if self.template is not None else None
+        if self.template is not None:
+            load_template(self.template)  # refused before anything is read
         for name, allowed in (
             ("access", readers.ACCESS_FOLDERS),
             ("split_by", ("row", "image")),
@@ -356,6 +361,7 @@ def _write_rows(
     options: Options, staged: Path, output: Path, text: _TextStage, records: dict[str, dict[str, Any]]
 ) -> None:
     extension = "jpg" if options.jpeg_quality else "png"
+    template = None if options.template is None else load_template(options.template)
     store = _StoredImages(staged.parent / "shards")
     with tqdm(total=len(text.questions), desc="writing parquet", unit="row", mininterval=0.5) as bar:
         for slug, chosen in _slices(options, text.questions).items():
@@ -394,7 +400,9 @@ def _write_rows(
                         "image_sha256": "\n".join(records[path]["sha256"] for path in question.images),
                         "style": options.style,
                     }
-                    prompt = render_prompt(question.question, question.options, options.style, len(question.images))
+                    prompt = render_prompt(
+                        question.question, question.options, options.style, len(question.images), template
+                    )
                     parquet.add(make_row(images=stored, prompt=prompt, extra_info=extra), size)
                     bar.update(1)
                 parquet.close()
@@ -407,6 +415,7 @@ def _manifest(options: Options, text: _TextStage, split_facts: dict[str, Any], i
         "manifest_version": MANIFEST_VERSION,
         "medr1_verl": medr1_verl.__version__,
         "arguments": options.arguments(),
+        "template_sha256": options.template and hashlib.sha256(Path(options.template).read_bytes()).hexdigest(),
         "input": {
             "source": text.source,
             "files": [file.as_dict() for file in text.files],
