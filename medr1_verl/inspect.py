@@ -208,8 +208,8 @@ def near_leaked(path: Path, train: Path) -> int:
             for picture in pictures:
                 small = picture.convert("L").resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BOX)
                 owners.append(number)
-                found.append(np.asarray(small, np.float32).ravel())
-        return owners, np.asarray(found, np.float32).reshape(len(found), SIGNATURE_SIDE**2)
+                found.append(np.asarray(small).ravel())
+        return owners, np.asarray(found, np.uint8).reshape(len(found), SIGNATURE_SIDE**2)
 
     owners, ours = thumbnails(path)
     _, theirs = thumbnails(train)
