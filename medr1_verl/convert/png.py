@@ -1,4 +1,4 @@
-"""PNG encoding for pictures: one row filter and a fast deflate.
+"""PNG encoding for pictures: cheap row filters and a fast deflate.
 
 Pillow's default encoder is what a conversion spends most of its time in (about 25 ms for a 384 px picture).
 ISA-L's igzip at level 1 needs about 1 ms for a few per cent more bytes; where its wheel is missing, zlib at level 1
@@ -47,18 +47,29 @@ def _paeth(left: np.ndarray, above: np.ndarray, corner: np.ndarray) -> np.ndarra
     return nearest ^ ((left ^ nearest) & _mask((to_left <= to_above) & (to_left <= to_corner)))
 
 
-def _filtered(rows: np.ndarray, pixel: int) -> np.ndarray:
-    """Paeth-filtered ``rows`` (uint8, height x bytes), each led by the filter's number; ``pixel`` is bytes per pixel.
+PAETH_HANDICAP = 1.3
 
-    One filter for all rows: choosing among Up, Average and Paeth row by row makes files 1 % smaller and takes twice as
-    long; Up alone is 0.2 ms faster and makes them 5 to 13 % larger.
+
+def _filtered(rows: np.ndarray, pixel: int) -> np.ndarray:
+    """PNG-filtered ``rows`` (uint8, height x bytes), each led by its filter's number; ``pixel`` is bytes per pixel.
+
+    Each row takes the one of Up, Average and Paeth whose result is smallest in absolute value (the usual heuristic),
+    judged by every fourth byte. Paeth is the slowest to undo, and these files are read once per epoch: it has to be
+    better by :data:`PAETH_HANDICAP`. That reads faster than Pillow's own files, which are 7 to 9 % smaller.
     """
     height, width = rows.shape
     padded = np.zeros((height + 1, width + pixel), np.uint8)
     padded[1:, pixel:] = rows
+    left, above, corner = padded[1:, :-pixel], padded[:-1, pixel:], padded[:-1, :-pixel]
+    average = (left & above) + ((left ^ above) >> 1)  # floor of the mean, without leaving 8 bits
+    candidates = (rows - above, rows - average, rows - _paeth(left, above, corner))  # PNG filters 2, 3, 4
+    cost = np.stack([np.abs(c[:, ::4].view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int32) for c in candidates])
+    best = np.argmin(cost * np.array([[1], [1], [PAETH_HANDICAP]]), axis=0)
     filtered = np.empty((height, 1 + width), np.uint8)
-    filtered[:, 0] = 4
-    np.subtract(rows, _paeth(padded[1:, :-pixel], padded[:-1, pixel:], padded[:-1, :-pixel]), out=filtered[:, 1:])
+    filtered[:, 0] = best + 2
+    for number, candidate in enumerate(candidates):
+        chosen = np.flatnonzero(best == number)
+        filtered[chosen, 1:] = candidate[chosen]
     return filtered
 
 
