@@ -127,6 +127,7 @@ class _TextStage:
         self.rejected: list[RejectedRow] = []
         self.rows_read = 0
         self.filtered = 0
+        self.options_changed = 0
         self.notes: dict[str, Any] = {}
         self.published: Counter[str] = Counter()  # rows of each split in a source that decides it
         self.source, self.image_root, rows = self._open()
@@ -161,7 +162,7 @@ class _TextStage:
 
     def _check(self, rows: Iterable[RawRow]) -> None:
         seen: dict[str, tuple[str, int]] = {}
-        for raw in rows:
+        for raw in tqdm(rows, desc="reading questions", unit="row", mininterval=0.5, delay=1):
             self.rows_read += 1
             if raw.split:
                 self.published[raw.split] += 1
@@ -194,6 +195,8 @@ class _TextStage:
             random.Random(f"{self.options.seed}\n{question.question_id}").shuffle(order)
             options = [options[i] for i in order]
             gold = order.index(gold)
+        if tuple(options) != question.options:
+            self.options_changed += 1
         question.options, question.answer = tuple(options), LETTERS[gold]
         return question
 
@@ -421,6 +424,7 @@ def _manifest(options: Options, text: _TextStage, split_facts: dict[str, Any], i
             "files": [file.as_dict() for file in text.files],
             "rows_read": text.rows_read,
             "left_out_by_options": text.filtered,
+            "rows_with_options_changed": text.options_changed,
             **text.notes,
         },
         "rows_in": len(text.questions) + len(text.rejected),
