@@ -1,11 +1,16 @@
 """From questions and image files to the parquet that verl reads. One stage of a row's way per module:
 
-``readers``  files of questions -> raw rows           ``check``   raw row -> checked question, or a reason why not
-``images``   image file -> clean 8-bit picture -> PNG  ``pool``    the worker processes and their shards of pictures
-``splits``   which question goes to train or test      ``publish`` parquet, manifest, rejected rows, the atomic rename
-``run``      ``convert()``: the stages in order        ``cli``     the command line
+``readers``    files of questions -> raw rows          ``splits``  the published split files; ``recover`` their gaps
+``check``      raw row -> checked question, or why not ``text``    the stage of everything that needs no image
+``images``     image file -> clean 8-bit picture       ``png``     its lossless file; ``dicom`` the DICOM decoder
+``worker``     one process that converts images        ``pool``    all of them, and the shards they leave on disk
+``partition``  which question goes to train or test    ``rows``    questions and images -> parquet rows
+``manifest``   what the run says about itself          ``publish`` files on disk and the atomic rename
+``run``        ``convert()``: the stages in order      ``verify``  the result read back
+``options``    what can be chosen                      ``cli``     the command line
 """
 
-from medr1_verl.convert.run import Options, convert
+from medr1_verl.convert.options import Options
+from medr1_verl.convert.run import Result, convert
 
-__all__ = ["Options", "convert"]
+__all__ = ["Options", "Result", "convert"]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medr1_verl.convert import images, readers
-from medr1_verl.convert.run import Options, Result, convert, usable_cores
+from medr1_verl.convert.options import Options, usable_cores
+from medr1_verl.convert.run import Result, convert
 from medr1_verl.convert.verify import verify
 from medr1_verl.schema import IMAGE_STORES
 from medr1_verl.styles import STYLES
