@@ -157,19 +157,36 @@ def test_training_changed_the_parameters(job):
     before, after = load_file(job.model / "model.safetensors"), load_file(job.run / "model" / "model.safetensors")
     shared = before.keys() & after.keys()
     assert len(shared) >= 50
-    changed = [name for name in shared if not before[name].equal(after[name])]
+    changed = [name for name in shared if not before[name].bfloat16().equal(after[name].bfloat16())]
     assert len(changed) > 0.9 * len(shared), "vision tower and language model are both trained"
     assert any("visual" in name for name in changed)
 
 
+def actor_as_model(job: Job) -> Path:
+    """The actor's last checkpoint as a model folder in float32; verl's merger rounds to bfloat16."""
+    import torch
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    shard = whole_checkpoint(job.run) / "actor" / "model_world_size_1_rank_0.pt"
+    state = torch.load(shard, weights_only=False)
+    state = {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in state.items()}
+    model = Qwen2VLForConditionalGeneration.from_pretrained(job.run / "model", dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert set(missing) <= {"lm_head.weight"}, "tied to the embeddings"
+    model.save_pretrained(job.folder / "actor")
+    AutoProcessor.from_pretrained(job.run / "model").save_pretrained(job.folder / "actor")
+    return job.folder / "actor"
+
+
 def test_the_engine_ended_with_the_weights_of_the_actor(job):
-    """What vLLM sampled from after the last sync, against the merged checkpoint in a fresh engine."""
+    """What vLLM sampled from after the last sync, against the actor's checkpoint loaded into a fresh engine: equal."""
     code = f"""
 from pathlib import Path
 from vllm import LLM
 from medr1_verl.rollout_weights import write_weights
 if __name__ == "__main__":
-    llm = LLM(model={str(job.run / "model")!r}, dtype="float32", enforce_eager=True, max_model_len=1024)
+    llm = LLM(model={str(actor_as_model(job))!r}, dtype="float32", enforce_eager=True, max_model_len=1024)
     llm.apply_model(lambda model: write_weights(model, Path({str(job.folder / "fresh.safetensors")!r})))
 """
     environment = os.environ | cpu.environ() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -181,6 +198,16 @@ if __name__ == "__main__":
     assert rollout.keys() == fresh.keys()
     different = [name for name in rollout if not rollout[name].equal(fresh[name])]
     assert different == []
+
+
+def test_merging_only_rounds(job):
+    """The merged model is the actor in bfloat16, every tensor."""
+    from safetensors.torch import load_file
+
+    actor = load_file(actor_as_model(job) / "model.safetensors")
+    merged = load_file(job.run / "model" / "model.safetensors")
+    assert actor.keys() == merged.keys()
+    assert [name for name in actor if not actor[name].bfloat16().equal(merged[name].bfloat16())] == []
 
 
 def test_the_merged_model_answers_in_transformers_as_in_vllm(job):
