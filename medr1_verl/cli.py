@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from medr1_verl.errors import UserError
 # command -> (module with ``main(argv) -> exit code``, what ``medr1 --help`` says of it)
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("medr1_verl.convert.cli", "raw OmniMedVQA (or your own questions) to verl's parquet"),
+    "doctor": ("medr1_verl.doctor.cli", "can this machine run the recipes, and what to do where it cannot"),
     "inspect": ("medr1_verl.inspect", "what is in a data set: counts, letters, chance, blind prior, leakage"),
     "evaluate": ("medr1_verl.evaluation.evaluate", "a model over test rows through vLLM: predictions and accuracy"),
     "tables": ("medr1_verl.evaluation.tables_cli", "predictions to the paper's matrices, with intervals and controls"),
@@ -36,6 +38,9 @@ def run(main, argv: Sequence[str] | None, name: str) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `medr1 ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at the end
+        return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,9 +26,9 @@ from medr1_verl.evaluation.engine import check_model
 
 _GIB = 2**30
 # Measured peaks of a run with the tiny model, with room to spare; a real model on a CPU needs more.
-_CPU_MEMORY_GIB = 10
+CPU_MEMORY_GIB = 10
 # Ray's object store, vLLM's shared blocks and the bucket of the weight sync.
-_SHARED_MEMORY_GIB = 2
+SHARED_MEMORY_GIB = 2
 
 
 def check_parquet(path: Path, name: str) -> int:
@@ -59,16 +59,16 @@ def check_parquet(path: Path, name: str) -> int:
 def check_machine(profile: str, run_dir: Path) -> None:
     """Memory, shared memory and disk."""
     if profile == "cpu":
-        free = _available_memory()
-        if free < _CPU_MEMORY_GIB * _GIB:
+        free = available_memory()
+        if free < CPU_MEMORY_GIB * _GIB:
             raise UserError(
-                f"{free / _GIB:.1f} GiB of memory are free and the CPU run needs {_CPU_MEMORY_GIB}; "
+                f"{free / _GIB:.1f} GiB of memory are free and the CPU run needs {CPU_MEMORY_GIB}; "
                 "end other programs, or raise the container's memory limit"
             )
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-    if shared < _SHARED_MEMORY_GIB * _GIB:
+    if shared < SHARED_MEMORY_GIB * _GIB:
         raise UserError(
-            f"/dev/shm has {shared / _GIB:.1f} GiB free and verl and Ray need {_SHARED_MEMORY_GIB}; "
+            f"/dev/shm has {shared / _GIB:.1f} GiB free and verl and Ray need {SHARED_MEMORY_GIB}; "
             "in a container, start it with --shm-size=8g"
         )
     probe = run_dir / ".writable"
@@ -82,7 +82,7 @@ def check_machine(profile: str, run_dir: Path) -> None:
         ) from None
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes this process may still use: the machine's, or what its control group leaves if that is less."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():

@@ -40,14 +40,15 @@ def _stat(pid: int) -> tuple[int, str] | None:
     return int(parent), state
 
 
-def _all_pids() -> list[int]:
+def all_pids() -> list[int]:
+    """Every process that is listed in /proc."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
 def descendants(root: int) -> list[int]:
     """Pids of all living descendants of ``root`` (zombies left out), parents before children."""
     children: dict[int, list[int]] = {}
-    for pid in _all_pids():
+    for pid in all_pids():
         stat = _stat(pid)
         if stat is not None and stat[1] != "Z":
             children.setdefault(stat[0], []).append(pid)
@@ -63,7 +64,7 @@ def marked(run_dir: Path) -> list[int]:
     """Pids of living processes that were started for the run in ``run_dir``, this one left out."""
     needle = f"{RUN_MARK}={run_dir}".encode()
     found = []
-    for pid in _all_pids():
+    for pid in all_pids():
         stat = _stat(pid)
         if pid == os.getpid() or stat is None or stat[1] == "Z":
             continue

@@ -79,7 +79,7 @@ def test_batch_arithmetic(rows, train, samples, mini, gpus, named):
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize(("constant", "named"), [("_CPU_MEMORY_GIB", "of memory"), ("_SHARED_MEMORY_GIB", "/dev/shm")])
+@pytest.mark.parametrize(("constant", "named"), [("CPU_MEMORY_GIB", "of memory"), ("SHARED_MEMORY_GIB", "/dev/shm")])
 def test_too_little_memory_is_refused(monkeypatch, tmp_path, constant, named):
     monkeypatch.setattr(preflight, constant, 10**6)
     with pytest.raises(UserError, match=named):
