@@ -1,7 +1,7 @@
 # One command for each thing a developer does. The environment is whatever python is active.
 PYTHON ?= python
 
-.PHONY: check lint types unit test benchmark
+.PHONY: check lint types unit test compat benchmark
 
 check: lint types unit
 
@@ -17,3 +17,6 @@ unit:  ## under a minute, no engine started
 
 test:  ## everything, with the real trainer and engine on the CPU
 	$(PYTHON) -m pytest
+
+compat:  ## recipes and version tables against the released wheels of verl 0.7 to 0.9 (downloads them through pip)
+	MEDR1_COMPAT=1 $(PYTHON) -m pytest tests/compat
