@@ -10,10 +10,10 @@ A part takes the parsed completion, the row's ``extra_info`` and all ``reward_kw
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from medr1_verl.modality_names import modalities_named
 from medr1_verl.parsing import Parsed
 
 Part = Callable[[Parsed, Mapping[str, Any], Mapping[str, Any]], float]
@@ -21,22 +21,6 @@ Part = Callable[[Parsed, Mapping[str, Any], Mapping[str, Any]], float]
 MIN_WORDS = 10
 MAX_WORDS = 180
 NGRAM = 4
-
-# How a reader may call each modality, in lower case.
-MODALITY_NAMES: dict[str, tuple[str, ...]] = {
-    "ct": ("ct", "computed tomography", "cat scan"),
-    "mri": ("mri", "mr", "magnetic resonance"),
-    "xray": ("x-ray", "x-rays", "xray", "x ray", "radiograph", "radiography", "mammogram", "mammography"),
-    "ultrasound": ("ultrasound", "ultrasonography", "sonography", "sonogram", "echocardiogram"),
-    "dermoscopy": ("dermoscopy", "dermoscopic", "dermatoscopy", "dermatoscopic"),
-    "fundus": ("fundus", "fundoscopy", "retinal photograph", "retinal photography"),
-    "oct": ("oct", "optical coherence tomography"),
-    "microscopy": ("microscopy", "microscopic", "microscope", "histology", "histopathology", "micrograph"),
-}
-_NAMED: dict[str, re.Pattern[str]] = {
-    slug: re.compile(r"(?<![a-z0-9])(?:" + "|".join(map(re.escape, names)) + r")(?![a-z0-9])")
-    for slug, names in MODALITY_NAMES.items()
-}
 
 
 def length(found: Parsed, info: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
@@ -68,9 +52,7 @@ def modality(found: Parsed, info: Mapping[str, Any], settings: Mapping[str, Any]
 
     Prevents reasoning that could stand under any picture; the division prevents a list of all modalities.
     """
-    text = found.think.lower()
-    named = {slug for slug, pattern in _NAMED.items() if pattern.search(text)}
-    # "optical coherence tomography" and "retinal photograph" contain no other modality's name, so none is shadowed.
+    named = modalities_named(found.think)
     return 1 / len(named) if info.get("modality") in named else 0.0
 
 

@@ -25,20 +25,9 @@ from typing import Any, NamedTuple
 
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.predictions import FILE_NAME, read_rows
+from medr1_verl.modality_names import modalities_named
 from medr1_verl.parsing import LETTERS, reasoning
 
-# How texts name a modality. "CT" is upper case only: "ct" is also an ending that tokenizers and typists leave alone.
-_NAMES = {
-    "ct": r"\bCTs?\b|(?i:\bcomputed\s+tomograph|\bcomputeri[sz]ed\s+tomograph|\bcat[- ]scan)",
-    "mri": r"\bMRIs?\b|\bMR\s+(?:image|scan)|(?i:\bmagnetic[- ]resonance|\bmri\b)",
-    "xray": r"(?i:\bx[- ]?rays?\b|\bradiograph)",
-    "ultrasound": r"(?i:\bultrasound|\bultrasonogra|\bsonogra|\bechocardiogra)",
-    "dermoscopy": r"(?i:\bdermoscop|\bdermatoscop)",
-    "fundus": r"(?i:\bfundus\b|\bfundoscop)",
-    "oct": r"\bOCT\b|(?i:\boptical\s+coherence\s+tomograph)",
-    "microscopy": r"(?i:\bmicroscop|\bmicrograph|\bphotomicrograph|\bhistolog|\bhistopatholog)",
-}
-_MODALITY = re.compile("|".join(f"(?P<{slug}>{pattern})" for slug, pattern in _NAMES.items()))
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _LETTER = r"(?:\b(?:option|answer|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b\)?|\(([A-Z])\)|(?<![A-Za-z(])([A-Z])\))"
 # Such options occur in any text without being meant; only their letter counts.
@@ -64,7 +53,7 @@ class Quality(NamedTuple):
 
 def modality_named(text: str, modality: str) -> str:
     """``right`` if the text names ``modality`` (a slug), ``other`` if only others, ``none`` if it names none."""
-    found = {match.lastgroup for match in _MODALITY.finditer(text)}
+    found = modalities_named(text)
     return "right" if modality in found else "other" if found else "none"
 
 

@@ -36,9 +36,9 @@ def score(think, answer="C", row=ROW, **kwargs):
         ("repetition", "the lung is dark " * 50, "C", 4 / 197, "one sentence again and again"),
         ("repetition", "The lung is dark. the LUNG is dark.", "C", 4 / 5, "case does not make it new"),
         ("modality", "This CT shows bone.", "C", 1.0, "named"),
-        ("modality", "Computed\ttomography", "C", 0.0, "a tab inside the name is not how anyone writes it"),
+        ("modality", "Computed\ntomography", "C", 1.0, "a line end inside the name"),
         ("modality", "computed tomography", "C", 1.0, "named in full"),
-        ("modality", "ct.", "C", 1.0, "lower case"),
+        ("modality", "the product of ct", "C", 0.0, "lower-case ct is no CT"),
         ("modality", "The tract is intact, a fact.", "C", 0.0, "'ct' inside a word does not name it"),
         ("modality", "An MRI.", "C", 0.0, "another modality"),
         ("modality", "CT, not MRI", "C", 0.5, "two named"),
@@ -84,12 +84,23 @@ def test_no_part_is_paid_without_the_format():
         assert [result[f"{name}_part"] for name in parts.PARTS] == [0.0] * 4
 
 
-def test_names_of_each_modality_name_no_other():
-    for slug, names in parts.MODALITY_NAMES.items():
-        for name in names:
-            assert score(f"a {name} here", row=ROW | {"modality": slug}, modality_weight=1)["modality_part"] == 1.0, (
-                name
-            )
+@pytest.mark.parametrize(
+    ("modality", "names"),
+    [
+        ("ct", ["CT", "CTs", "computed tomography", "CAT scan"]),
+        ("mri", ["MRI", "mri", "MR image", "magnetic resonance"]),
+        ("xray", ["X-ray", "x rays", "xray", "radiograph", "Radiography", "mammogram", "mammography"]),
+        ("ultrasound", ["ultrasound", "ultrasonography", "sonogram", "echocardiography"]),
+        ("dermoscopy", ["dermoscopy", "dermatoscopic"]),
+        ("fundus", ["fundus photograph", "fundoscopy"]),
+        ("oct", ["OCT", "optical coherence tomography"]),
+        ("microscopy", ["microscopy", "micrograph", "histology", "histopathological"]),
+    ],
+)
+def test_names_of_each_modality_name_no_other(modality, names):
+    for name in names:
+        row = ROW | {"modality": modality}
+        assert score(f"a {name} here", row=row, modality_weight=1)["modality_part"] == 1.0, name
 
 
 # ------------------------------------------------------------------ open questions
