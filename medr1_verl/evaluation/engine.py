@@ -69,6 +69,26 @@ class Output(NamedTuple):
     truncated: int
 
 
+def prompt(processor: Any, question: Question) -> dict[str, Any]:
+    """What the engine is given: the chat-templated text, and the pictures on the model's patch grid.
+
+    ``processor`` is the model's, from transformers.
+    """
+    messages: list[dict[str, Any]] = [dict(message) for message in question.messages]
+    for message in messages:
+        if IMAGE_MARK in message["content"]:
+            message["content"] = split_content(message["content"])
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pictures = question.load_images()
+    if not pictures:
+        return {"prompt": text}
+    from qwen_vl_utils import fetch_image
+
+    patch_size = getattr(processor.image_processor, "patch_size", 14)
+    images = [fetch_image({"image": picture}, image_patch_size=patch_size) for picture in pictures]
+    return {"prompt": text, "multi_modal_data": {"image": images}}
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What a machine may need set; None leaves vLLM's (or this project's) own choice."""
@@ -106,7 +126,6 @@ class OfflineEngine:
             raise self._fault(f"the processor of {model} cannot be loaded", error) from error
         if not hasattr(self._processor, "image_processor"):
             raise UserError(f"{model}: its processor takes no images; a vision-language model is needed")
-        self.patch_size = getattr(self._processor.image_processor, "patch_size", 14)
         context = options.max_model_len or _context_length(model, 4096)
         settings: dict[str, Any] = {
             "model": model,
@@ -130,30 +149,11 @@ class OfflineEngine:
         except Exception as error:
             raise self._fault(f"vLLM could not start {model}", error) from error
 
-    def prompt(self, question: Question) -> dict[str, Any]:
-        """What the engine is given: the chat-templated text, and the pictures on the model's patch grid."""
-        messages: list[dict[str, Any]] = [dict(message) for message in question.messages]
-        for message in messages:
-            if IMAGE_MARK in message["content"]:
-                message["content"] = split_content(message["content"])
-        text = self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        pictures = question.load_images()
-        if not pictures:
-            return {"prompt": text}
-        from qwen_vl_utils import fetch_image
-
-        return {
-            "prompt": text,
-            "multi_modal_data": {
-                "image": [fetch_image({"image": picture}, image_patch_size=self.patch_size) for picture in pictures]
-            },
-        }
-
     def ask(
         self, questions: Sequence[Question], decoding: Decoding, max_tokens: int
     ) -> Iterator[tuple[Question, list[Output]]]:
         """Each question with its ``decoding.n`` outputs, in order."""
-        prompts = [self.prompt(question) for question in questions]
+        prompts = [prompt(self._processor, question) for question in questions]
         params = [
             self._sampling_params(
                 temperature=decoding.temperature,
