@@ -310,26 +310,25 @@ def _stale(todo: Iterable[tuple[Pass, Sequence[Question], dict[str, Any]]], file
     answers of a model of another name: that file was given by mistake.
     """
     for one, asked, about in todo:
-        for question in asked:
-            row = file.rows.get((question.question_id, one.control, one.decoding.name))
-            if row is None:
-                continue
-            now = {
-                "weights": about["weights"],
-                "max_tokens": about["max_tokens"],
-                "prompt_sha256": prompt_sha256(question),
-                "image_sha256": question.image_sha256,
-                "answer": question.answer,
-            }
-            differing = [key for key, value in now.items() if row.get(key) != value]
+        for row in file.rows.values():
             if row["model"] != about["model"]:
                 raise UserError(
                     f"{file.path}: holds answers of model {row['model']!r}, not of {about['model']!r}; "
                     "give another --output, or --fresh to replace them"
                 )
-            if differing:
-                key = differing[0]
-                return f"{file.path}: was made with {key} {str(row.get(key))!r}, now it is {str(now[key])!r}"
+            if row.get("weights") != about["weights"]:
+                return f"{file.path}: was made with weights {row.get('weights')!r}, now they are {about['weights']!r}"
+        for question in asked:
+            known = file.rows.get((question.question_id, one.control, one.decoding.name))
+            now = {
+                "max_tokens": about["max_tokens"],
+                "prompt_sha256": prompt_sha256(question),
+                "image_sha256": question.image_sha256,
+                "answer": question.answer,
+            }
+            for key, value in now.items():
+                if known is not None and known.get(key) != value:
+                    return f"{file.path}: was made with {key} {str(known.get(key))!r}, now it is {str(value)!r}"
     return ""
 
 

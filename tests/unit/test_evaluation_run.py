@@ -264,6 +264,15 @@ def test_a_changed_run_of_the_same_name_is_asked_anew(parquet, model, engine, tm
     assert len(list(read_rows(tmp_path / "predictions.jsonl.old"))) == 12
 
 
+def test_a_control_is_never_added_to_answers_of_other_weights(parquet, model, engine, tmp_path):
+    evaluate(model, [parquet], [Pass()], tmp_path)
+    (model / "model.safetensors").write_text("trained on")
+    evaluate(model, [parquet], [Pass("blank")], tmp_path)
+    rows = list(read_rows(tmp_path / "predictions.jsonl"))
+    assert {row["control"] for row in rows} == {"blank"}
+    assert len({row["weights"] for row in rows}) == 1
+
+
 def test_a_broken_line_in_the_middle_is_named(parquet, model, engine, tmp_path):
     evaluate(model, [parquet], [Pass()], tmp_path)
     path = tmp_path / "predictions.jsonl"
