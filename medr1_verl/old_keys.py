@@ -188,9 +188,10 @@ def _engine_faults(last: Mapping[str, Setting], vllm: str) -> list[Fault]:
 
 
 def _reward_faults(last: Mapping[str, Setting]) -> list[Fault]:
-    """A command that trains on a parquet with no reward of its own gets verl's, which knows no medical data."""
+    """A GRPO command with no reward of its own gets verl's, which knows no medical data."""
     keys = ("reward.custom_reward_function.path", "custom_reward_function.path", "reward.reward_manager.source")
-    if "data.train_files" not in last or any(k in last and last[k].value not in _EMPTY for k in keys):
+    rewarded = any(key.startswith(("actor_rollout_ref.", "algorithm.")) for key in last)  # else supervised training
+    if not rewarded or "data.train_files" not in last or any(k in last and last[k].value not in _EMPTY for k in keys):
         return []
     setting = last["data.train_files"]
     text = "no reward.custom_reward_function.path: verl's own reward refuses the data source of every row"

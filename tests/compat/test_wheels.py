@@ -101,27 +101,37 @@ def pins_of(name: str, version: str, extra: str = "") -> dict[str, str]:
     return found
 
 
+SUPERVISED = {
+    "embedded on a CPU": ({}, 0),
+    "one GPU": ({"DATA_DIR": "/d"}, 1),
+    "eight GPUs": ({"DATA_DIR": "/d", "MODEL_PATH": "Qwen/Qwen2.5-VL-7B-Instruct"}, 8),
+}
+
+
 @cache
-def command_lines() -> dict[str, list[str]]:
-    """What each case of the recipe tells verl, hydra's own arguments left out."""
+def command_lines(recipe: str = "run_medr1_grpo.sh") -> dict[str, list[str]]:
+    """What each case of a recipe tells verl, hydra's own arguments left out."""
     import tempfile
 
     found = {}
-    for case, (environment, gpus) in RECIPES.CASES.items():
+    cases = RECIPES.CASES if recipe == "run_medr1_grpo.sh" else SUPERVISED
+    for case, (environment, gpus) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             path = f"{verl('0.9.1')}{os.pathsep}{ROOT}"  # the recipe asks whether verl is there, and no more
             more = {"DRY_RUN": "1", "PYTHONPATH": path}
-            done = RECIPES.recipe("run_medr1_grpo.sh", Path(folder), environment | more, gpus)
+            done = RECIPES.recipe(recipe, Path(folder), environment | more, gpus)
             assert done.returncode == 0, done.stderr
-            lines = [line for line in done.stdout.splitlines() if "=" in line and not line.startswith("[")]
-            found[case] = [line for line in lines if not line.startswith("hydra")]
+            lines = [
+                line for line in done.stdout.splitlines() if "=" in line and not line.startswith(("[", "--", "hydra"))
+            ]
+            found[case] = lines
     return found
 
 
-def compose(version: str, overrides: list[str]):
+def compose(version: str, overrides: list[str], name: str = "ppo_trainer"):
     hydra = pytest.importorskip("hydra")
     with hydra.initialize_config_dir(str(verl(version) / "verl" / "trainer" / "config"), version_base=None):
-        return hydra.compose("ppo_trainer", overrides=overrides)
+        return hydra.compose(name, overrides=overrides)
 
 
 # --- recipes ----------------------------------------------------------------------------------------------
@@ -133,6 +143,13 @@ def test_command_line_composes(version, case):
     config = compose(version, command_lines()[case])
     assert config.actor_rollout_ref.rollout.load_format == "auto"
     assert config.reward.custom_reward_function.path == "pkg://medr1_verl.reward"
+
+
+@pytest.mark.parametrize("case", SUPERVISED)
+@pytest.mark.parametrize("version", COMPOSING)
+def test_supervised_command_line_composes(version, case):
+    config = compose(version, command_lines("run_medr1_sft.sh")[case], "sft_trainer_engine")
+    assert config.engine.strategy == "fsdp2"
 
 
 @pytest.mark.parametrize("version", [version for version in UNKNOWN_KEYS if version not in COMPOSING])
