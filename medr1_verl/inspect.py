@@ -98,9 +98,11 @@ def _checked(raws: Iterator[Any]) -> tuple[list[Row], int]:
 def load(path: Path) -> Source:
     """The rows of ``path``; raises :class:`UserError` for anything that is no source."""
     if path.is_dir():
-        if (path / "QA_information").is_dir():
-            rows, rejected = _checked(readers.read_omnimedvqa(path, [], "all"))
-            return Source(path, "raw", rows, rejected)
+        root = path.parent if path.name == "QA_information" else path
+        if (root / "QA_information").is_dir():
+            return Source(path, "raw", *_checked(readers.read_omnimedvqa(root, [], "all")))
+        if (path / "train").is_dir() or (path / "test").is_dir():
+            return Source(path, "splits", *_checked(iter(splits.SplitReader(path, splits.RawIndex(()), []))))
         if files := sorted(path.glob("*.json")):
             raws = (
                 readers.omnimedvqa_row(row, file.name, number)
@@ -108,7 +110,7 @@ def load(path: Path) -> Source:
                 for number, row in enumerate(readers.load_json_rows(file, file.name, []))
             )
             return Source(path, "raw", *_checked(raws))
-        raise UserError(f"{path} is a folder without QA_information or .json files; name one parquet or split file")
+        raise UserError(f"{path} is a folder without questions; name a parquet, a split file or a raw folder")
     if not path.is_file():
         raise UserError(f"there is no {path}")
     if path.suffix == ".parquet":
