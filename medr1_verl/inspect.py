@@ -103,6 +103,8 @@ def load(path: Path) -> Source:
             return Source(path, "raw", *_checked(readers.read_omnimedvqa(root, [], "all")))
         if (path / "train").is_dir() or (path / "test").is_dir():
             return Source(path, "splits", *_checked(iter(splits.SplitReader(path, splits.RawIndex(()), []))))
+        if parquets := sorted(file.name for file in path.glob("*.parquet")):
+            raise UserError(f"{path} is a folder; name one file of it: {', '.join(parquets)}")
         if files := sorted(path.glob("*.json")):
             raws = (
                 readers.omnimedvqa_row(row, file.name, number)

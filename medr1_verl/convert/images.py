@@ -14,6 +14,7 @@ Rules, in the order in which they apply:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -180,6 +181,10 @@ def to_8bit(image: Image.Image) -> Image.Image:
     return image.convert("RGB")  # P, CMYK, YCbCr, LAB, HSV
 
 
+def _unknown_format(data: bytes) -> str:
+    return f"no image format that is read here: begins with {data[:8]!r}" if data else "the file is empty"
+
+
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Image file -> upright picture in mode L or RGB at its own size; raises :class:`RejectedError`."""
     if data[128:132] == b"DICM":
@@ -191,13 +196,20 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.UnidentifiedImageError:
-            kind = "the file is empty" if not data else f"not an image: begins with {data[:8]!r}"
-            raise RejectedError("unreadable_image", kind) from None
+            raise RejectedError("unreadable_image", _unknown_format(data)) from None
         check_size(*image.size, max_pixels)
         image.load()
-        if image.getexif().get(0x0112, 1) != 1:
+        orientation = 1
+        with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+            orientation = image.getexif().get(0x0112, 1)
+        if orientation != 1:
             image = ImageOps.exif_transpose(image)
-        return to_8bit(image)
+        deep_colour = data.startswith(b"\x89PNG") and data[24:26] in (b"\x10\x02", b"\x10\x06")
+        image = to_8bit(image)
+        if deep_colour and max(high for _, high in image.getextrema()) < 128:  # type: ignore[misc]
+            # Pillow keeps the upper 8 of 16 bits per colour, which leaves 12-bit data nearly black
+            image = Image.fromarray(visible(np.asarray(image)))
+        return image
 
 
 def _one_channel_if_grey(pixels: np.ndarray) -> np.ndarray:
@@ -247,6 +259,6 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
             try:
                 size = Image.open(io.BytesIO(data), formats=FORMATS).size
             except Image.UnidentifiedImageError:
-                raise RejectedError("unreadable_image", f"not an image: begins with {data[:8]!r}") from None
+                raise RejectedError("unreadable_image", _unknown_format(data)) from None
     check_size(size[0], size[1], max_pixels)
     return size

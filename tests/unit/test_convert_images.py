@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from medr1_verl.convert import images
 from medr1_verl.convert.images import convert_image, fitted_size, visible
-from medr1_verl.convert.png import encode_png
+from medr1_verl.convert.png import bare_png, encode_png
 from medr1_verl.convert.question import RejectedError
 
 RAMP = np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)
@@ -117,6 +119,39 @@ def test_exif_orientation(orientation):
     data = file_of(image, "PNG", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert np.array_equal(convert_image(data, 384).pixels, expected)
+
+
+def test_12_bit_data_in_a_16_bit_colour_png_are_visible():
+    rgb = np.repeat(RAMP[:, :, None], 3, axis=2).astype(">u2") * 16  # at most 2,544 of 65,535
+    rgb[:, :, 0] //= 2
+    rows = b"".join(b"\x00" + line.tobytes() for line in rgb)
+    header = struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    assert convert_image(data, 384).pixels.max() > 240
+
+
+def test_damaged_exif_costs_nothing():
+    data = file_of(photo(40, 40), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12broken")
+    assert convert_image(data, 384).pixels.shape == (40, 40, 3)
+
+
+def test_a_clean_png_is_kept_as_it_is_but_for_its_chunks():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("PatientName", "Doe^Jane")
+    image = photo(60, 50)
+    data = file_of(image, "PNG", pnginfo=info, optimize=True)
+    kept = bare_png(data, convert_image(data, 384).pixels)
+    assert kept is not None
+    assert b"Doe" not in kept
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept))), np.asarray(image))
+    for other in (image.quantize(8), image.convert("RGBA"), Image.fromarray(RAMP.astype(np.uint16) * 99)):
+        data = file_of(other)
+        assert bare_png(data, convert_image(data, 384).pixels) is None
+    data = file_of(image)
+    assert bare_png(data, convert_image(data, 28).pixels) is None
 
 
 def test_transparency_is_shown_on_white():

@@ -460,7 +460,7 @@ def test_killed_at_ten_random_moments_then_resumed(tmp_path):
     kills = 0
     while kills < 10:
         process = subprocess.Popen(command(root, out, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(0.1, 0.7))
+        time.sleep(moments.uniform(0.05, 0.55))
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
