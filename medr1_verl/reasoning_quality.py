@@ -161,9 +161,14 @@ def image_changes(rows: Sequence[dict[str, Any]]) -> dict[Column, list[float]]:
     return dict(changes)
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One dict for each column: shares (0-1, None where nothing was counted) and the numbers of answers behind them."""
-    qualities = assess(rows)
+def summarize(
+    rows: Sequence[dict[str, Any]], qualities: Sequence[Quality | None] | None = None
+) -> list[dict[str, Any]]:
+    """One dict for each column: shares (0-1, None where nothing was counted) and the numbers of answers behind them.
+
+    ``qualities`` are those of :func:`assess`, where they are at hand.
+    """
+    qualities = assess(rows) if qualities is None else qualities
     changes = image_changes(rows)
     groups: dict[Column, list[Quality | None]] = defaultdict(list)
     for row, quality in zip(rows, qualities, strict=True):

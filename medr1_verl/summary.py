@@ -161,6 +161,23 @@ _PANELS = (
 )
 
 
+def panels(metrics: dict[int, dict]) -> list[tuple[str, list[tuple[str, list[tuple[int, float]]]]]]:
+    """(title, curves) of each panel; a curve is its label and its (step, value) points, none where it was not logged."""
+    found = []
+    for title, curves in _PANELS:
+        lines = []
+        for label, key in curves:
+            start, star, end = key.partition("*")
+            keys = [key]
+            if star:
+                keys = sorted({k for m in metrics.values() for k in m if k.startswith(start) and k.endswith(end)})
+            for name in keys:
+                points = [(step, m[name]) for step, m in metrics.items() if name in m]
+                lines.append((name[len(start) : -len(end)] if star else label, points))
+        found.append((title, lines))
+    return found
+
+
 def draw_curves(run_dir: Path) -> Path | None:
     """``curves.png`` from the run's metrics; None where matplotlib (extra ``report``) is not installed."""
     try:
@@ -170,19 +187,11 @@ def draw_curves(run_dir: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = read_metrics(run_dir)
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, _PANELS, strict=True):
-        for label, key in curves:
-            start, star, end = key.partition("*")
-            keys = [key]
-            if star:
-                keys = sorted({k for m in metrics.values() for k in m if k.startswith(start) and k.endswith(end)})
-            for name in keys:
-                points = [(step, m[name]) for step, m in metrics.items() if name in m]
-                if points:
-                    text = name[len(start) : -len(end)] if star else label
-                    axis.plot(*zip(*points, strict=True), label=text, marker="." if len(points) < 40 else None)
+    for axis, (title, curves) in zip(axes.flat, panels(read_metrics(run_dir)), strict=True):
+        for label, points in curves:
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
