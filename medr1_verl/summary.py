@@ -162,7 +162,7 @@ _PANELS = (
 
 
 def panels(metrics: dict[int, dict]) -> list[tuple[str, list[tuple[str, list[tuple[int, float]]]]]]:
-    """(title, curves) of each panel; a curve is its label and its (step, value) points, none where it was not logged."""
+    """(title, curves) of each panel; a curve is its label and (step, value) points, none where it was not logged."""
     found = []
     for title, curves in _PANELS:
         lines = []
