@@ -50,11 +50,19 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(data) -> Path:
+    import torch
+
     from medr1_verl.embedded.tiny_model import make_model, make_processor, make_tokenizer
 
     processor = make_processor(make_tokenizer(q.messages[0]["content"] for q in read_questions([data])))
     folder = data.parent / "tiny" / "model"
-    make_model(processor.tokenizer, seed=3).save_pretrained(folder)
+    untrained = make_model(processor.tokenizer, seed=3)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in untrained.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.15)  # large enough that any change of the input changes the answer
+    untrained.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
