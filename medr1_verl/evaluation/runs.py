@@ -88,19 +88,20 @@ class Run:
 def load_runs(sources: Sequence[str], decoding: str | None = None) -> tuple[Questions, list[Run]]:
     """Read every source (``PATH`` or ``NAME=PATH``; a directory stands for the prediction files in it).
 
-    Files of the same name make one run, so that a model's slices, or its controls, may be in files of their own.
+    A run has the model's name. Files of one model make one run, so that its slices, or its controls, may be in files
+    of their own; where they answer the same questions they are different runs after all, named by their directories.
     ``decoding`` picks one where a file holds several; None takes greedy answers, or the only other kind there is.
     Raises :class:`UserError` for an unfinished or broken file, a question answered twice, and different data.
     """
     questions = Questions()
-    collected: dict[str, _Collected] = {}
+    files = []
     for source in sources:
         name, path = _split_source(source)
         for file in _prediction_files(path):
-            _collect(file, name, questions, collected)
+            files += [(run, parts, name is not None) for run, parts in _collect(file, name, questions).items()]
     total = len(questions.ids)
     runs = []
-    for name, parts in collected.items():
+    for name, parts in _combine(files).items():
         measures = {}
         for control, (indices, values) in parts.decoded(decoding).items():
             matrix = np.full((len(_MEASURES), total), np.nan, dtype=np.float32)
@@ -110,7 +111,8 @@ def load_runs(sources: Sequence[str], decoding: str | None = None) -> tuple[Ques
             raise UserError(
                 f"{parts.files[0]}: has answers under {', '.join(measures)} only; controls need control none"
             )
-        runs.append(Run(name, parts.files, parts.styles, trained_slice(name), measures))
+        trained_on = trained_slice(name) or (trained_slice(parts.label) if len(parts.files) == 1 else None)
+        runs.append(Run(name, parts.files, parts.styles, trained_on, measures))
     return questions, runs
 
 
@@ -122,6 +124,23 @@ class _Collected:
     styles: set[str] = field(default_factory=set)
     answers: dict[str, dict[str, tuple[list[int], list[list[float]]]]] = field(default_factory=dict)
     seen: set[tuple[str, str, int]] = field(default_factory=set)
+
+    @property
+    def label(self) -> str:
+        """What its directory calls it."""
+        return self.files[0].resolve().parent.name if self.files[0].name == FILE_NAME else self.files[0].stem
+
+    def merge(self, other: _Collected) -> _Collected:
+        """This, with another file's answers to other questions, controls or decodings added."""
+        self.files += other.files
+        self.styles |= other.styles
+        self.seen |= other.seen
+        for decoding, controls in other.answers.items():
+            for control, (indices, values) in controls.items():
+                own = self.answers.setdefault(decoding, {}).setdefault(control, ([], []))
+                own[0].extend(indices)
+                own[1].extend(values)
+        return self
 
     def decoded(self, wanted: str | None) -> dict[str, tuple[list[int], list[list[float]]]]:
         """The answers of one decoding; None takes greedy ones, or the only other kind there is."""
@@ -135,23 +154,21 @@ class _Collected:
         return self.answers[wanted]
 
 
-def _collect(file: Path, name: str | None, questions: Questions, collected: dict[str, _Collected]) -> None:
-    empty = True
+def _collect(file: Path, name: str | None, questions: Questions) -> dict[str, _Collected]:
+    """What ``file`` holds, by run: by the model's name, or all as ``name``."""
+    found: dict[str, _Collected] = {}
     for row in read_rows(file):
-        empty = False
         try:
             run = name or row["model"]
-            parts = collected.setdefault(run, _Collected())
+            parts = found.setdefault(run, _Collected([file]))
             index = questions.add(row, file)
             control, decoding = row.get("control", "none"), row.get("decoding", "greedy")
             if (decoding, control, index) in parts.seen:
                 raise UserError(
                     f"{file}: run {run!r} answers question {row['question_id']!r} ({control}) twice; "
-                    "give each file once, and runs of their own names as NAME=PATH"
+                    "evaluate again with --fresh, or remove one of the lines"
                 )
             parts.seen.add((decoding, control, index))
-            if file not in parts.files:
-                parts.files.append(file)
             parts.styles.add(row["style"])
             indices, values = parts.answers.setdefault(decoding, {}).setdefault(control, ([], []))
             indices.append(index)
@@ -160,8 +177,31 @@ def _collect(file: Path, name: str | None, questions: Questions, collected: dict
             raise UserError(
                 f"{file}: question {row['question_id']!r} lacks {error}; was it written by medr1 evaluate?"
             ) from error
-    if empty:
+    if not found:
         raise UserError(f"{file}: is empty; run medr1 evaluate again")
+    return found
+
+
+def _combine(files: Sequence[tuple[str, _Collected, bool]]) -> dict[str, _Collected]:
+    """Runs from (name, one file's answers, the user named it): files of one run that do not overlap are one."""
+    runs: dict[str, _Collected] = {}
+    by_name: dict[str, list[tuple[_Collected, bool]]] = {}
+    for name, parts, named in files:
+        by_name.setdefault(name, []).append((parts, named))
+    for name, members in by_name.items():
+        together = sum(len(parts.seen) for parts, _ in members)
+        if len(set().union(*(parts.seen for parts, _ in members))) == together:
+            for parts, _ in members:
+                runs[name] = runs[name].merge(parts) if name in runs else parts
+            continue
+        for parts, named in members:
+            if named or parts.label in runs:
+                raise UserError(
+                    f"{parts.files[0]}: run {name!r} answers the same questions as in another file; "
+                    "give each file once, and runs of their own names as NAME=PATH"
+                )
+            runs[parts.label] = parts
+    return runs
 
 
 def _values(row: dict[str, Any]) -> list[float]:

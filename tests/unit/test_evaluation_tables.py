@@ -10,6 +10,7 @@ import pytest
 
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation import formats
+from medr1_verl.evaluation.predictions import KEYS
 from medr1_verl.evaluation.runs import check_styles, load_runs, read_training_rows, trained_slice
 from medr1_verl.evaluation.tables import Settings, build
 from medr1_verl.evaluation.tables_cli import main
@@ -256,6 +257,32 @@ def test_slice_is_in_the_name(name, slug):
     assert trained_slice(name) == slug
 
 
+def test_runs_of_one_model_name_are_named_by_their_directories(tmp_path):
+    for name, right in RIGHT.items():
+        write(tmp_path / name / "predictions.jsonl", "model", right)
+    _, runs = load_runs([str(tmp_path / name) for name in RIGHT])
+    assert [(run.name, run.trained_on) for run in runs] == [("base", None), ("grpo-ct", "ct"), ("grpo-mri", "mri")]
+    _, runs = load_runs([str(tmp_path)])
+    assert len(runs) == 3, "a directory of runs"
+
+
+def test_slices_of_one_model_in_files_of_their_own_make_one_run(tmp_path):
+    write(tmp_path / "one" / "predictions.jsonl", "model", "1111", questions=QUESTIONS[:4])
+    write(tmp_path / "two" / "predictions.jsonl", "model", "00", questions=QUESTIONS[4:])
+    _, runs = load_runs([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert len(runs) == 1
+    assert runs[0].measures["none"]["acc"].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_only_the_promised_keys_are_needed(tmp_path):
+    path = write(tmp_path / "p.jsonl", "ct", "111000")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in rows))
+    tables = made([str(path)], base=None)
+    assert tables["modality"]["rows"][0]["cells"]["ct"]["accuracy"] == 75
+    assert "| ct | 75.00" in formats.markdown(tables)
+
+
 # --- bad input: one line each
 
 
@@ -265,7 +292,8 @@ def test_slice_is_in_the_name(name, slug):
         (lambda path: [path / "nothing"], "no such file or directory"),
         (lambda path: [path], "no predictions.jsonl in it"),
         (lambda path: [half(path)], "did not finish; run the same medr1 evaluate again"),
-        (lambda path: [write(path / "a.jsonl", "a", "111111")] * 2, "answers question 'c1' .none. twice"),
+        (lambda path: [write(path / "a.jsonl", "a", "111111")] * 2, "answers the same questions as in"),
+        (lambda path: [twice(path)], "answers question 'c1' .none. twice"),
         (lambda path: [torn(path)], "line 7: is no prediction"),
         (lambda path: [write(path / "a.jsonl", "a", "111111", control="blank")], "controls need control none"),
         (lambda path: [write(path / "a.jsonl", "a", "111111", decoding=d) for d in ("T=1", "T=2")][:1], "pick one"),
@@ -296,6 +324,11 @@ def test_bad_files(tmp_path, make, says):
 def half(path):
     (path / "predictions.jsonl.partial").write_text("{}")
     return path
+
+
+def twice(path):
+    write(path / "a.jsonl", "a", "111111")
+    return write(path / "a.jsonl", "a", "111111")
 
 
 def torn(path):
