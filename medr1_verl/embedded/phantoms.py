@@ -670,12 +670,22 @@ class Phantom:
         return tuple(t for t in TOPICS[self.modality] if not t.only_if or diagnosis in t.only_if)
 
 
-def draw(modality: str, index: int, seed: int = 0) -> Phantom:
-    """Phantom number ``index`` of ``modality``: the same for the same seed, however many are drawn."""
-    order = list(MODALITIES).index(modality)
-    rng = np.random.default_rng([seed, order, index])
+def image_rng(modality: str, index: int, seed: int) -> Rng:
+    """The random numbers of one image, independent of every other image's."""
+    return np.random.default_rng([seed, list(MODALITIES).index(modality), index])
+
+
+def draw_attributes(modality: str, rng: Rng) -> dict[str, str]:
+    """A value for each attribute of ``modality``, independent and uniform."""
     attributes = {topic.attribute: _pick(rng, topic.options) for topic in TOPICS[modality]}
     attributes.setdefault("side", _pick(rng, SIDES))  # where a lesion lies matters to the drawing even if no one asks
+    return attributes
+
+
+def draw(modality: str, index: int, seed: int = 0) -> Phantom:
+    """Phantom number ``index`` of ``modality``: the same for the same seed, however many are drawn."""
+    rng = image_rng(modality, index, seed)
+    attributes = draw_attributes(modality, rng)
     canvas = _DRAW[modality](rng, attributes)
     gain, offset = rng.uniform(0.92, 1.08), rng.uniform(-0.02, 0.02)
     pixels = (np.clip(canvas * gain + offset, 0, 1) * 255).astype(np.uint8)
