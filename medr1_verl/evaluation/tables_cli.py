@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
         "--train", nargs="+", metavar="PARQUET", help="training rows: for the blind option prior and leaked images"
     )
     parser.add_argument("--output", metavar="DIR", help="write the tables here (default: Markdown to the screen only)")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of --output (default: all)")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, help="of --output (default: all; png where matplotlib is installed)"
+    )
     parser.add_argument("--reading", choices=tuple(READINGS), default="strict", help="of the answers (default: strict)")
     parser.add_argument("--decoding", help="where a file holds several: 'greedy' (default), 'T=1 n=4 seed=0', ...")
     parser.add_argument("--styles", action="store_true", help="runs of different styles may stand in one table")
@@ -63,10 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for kind in args.formats:
+            for kind in args.formats or FORMATS:
                 if kind in contents:
                     (directory / f"tables.{kind}").write_text(contents[kind](), encoding="utf-8")
-            if "png" in args.formats:
+            if args.formats is None and importlib.util.find_spec("matplotlib") is None:
+                print("no heat maps: matplotlib is not installed; pip install 'medr1-verl[report]'", file=sys.stderr)
+            elif "png" in (args.formats or FORMATS):
                 from medr1_verl.evaluation.figures import write_heatmaps
 
                 write_heatmaps(tables, directory)
