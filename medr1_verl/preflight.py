@@ -2,7 +2,7 @@
 
     python -m medr1_verl.preflight --profile cpu --run-dir runs/NAME --train TRAIN --val VAL --model DIR ...
 
-Reads only file headers and a few rows; imports nothing heavy.
+Reads only file headers and some rows; imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medr1_verl import processes
+from medr1_verl import memory, processes
 from medr1_verl.cli import run as run_command
 from medr1_verl.config_check import check_ground_truths
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.engine import check_model
+from medr1_verl.image_tokens import grid_of, longest_row
 
 _GIB = 2**30
 # Measured peaks of a run with the tiny model, with room to spare; a real model on a CPU needs more.
 CPU_MEMORY_GIB = 10
 # Ray's object store, vLLM's shared blocks and the bucket of the weight sync.
 SHARED_MEMORY_GIB = 2
+# Tokens of the chat template and of words that are several tokens, added to what is certain when a value is advised.
+TEXT_MARGIN = 128
+# vLLM's MaxLoRARanks (0.24 to 0.28).
+MOST_LORA_RANK = 512
 
 
 def check_parquet(path: Path, name: str) -> int:
@@ -111,6 +116,65 @@ def check_batches(rows: int, train_batch: int, samples: int, mini_batch: int, gp
         )
 
 
+def check_lengths(prompt: int, response: int, tokens_per_gpu: int | None, model: str) -> None:
+    """Prompt and response together against what the model was made for, and against the batches of one GPU.
+
+    verl 0.9 finds the first out when the engine starts, the second ("max_token_len must be greater than the sequence
+    length") at the first long answer. A model whose configuration is not here yet is not looked at.
+    """
+    total = prompt + response
+    lengths = f"MAX_PROMPT_LENGTH={prompt} + MAX_RESPONSE_LENGTH={response} = {total} tokens"
+    config = memory.config_of(model) or {}
+    longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    if longest and total > longest:
+        works = (
+            f"MAX_PROMPT_LENGTH={longest - response}" if longest > response else f"MAX_RESPONSE_LENGTH={longest // 2}"
+        )
+        raise UserError(f"{lengths}, but {model} was made for {longest}; {works} works")
+    if tokens_per_gpu is not None and tokens_per_gpu < total:
+        raise UserError(
+            f"TOKENS_PER_GPU={tokens_per_gpu} cannot hold one answer: {lengths}; TOKENS_PER_GPU={total} works"
+        )
+
+
+def check_images(path: Path, prompt: int, model: str) -> None:
+    """Images that alone fill the prompt: verl refuses each such row while it trains, and goes on without it.
+
+    Only what is certain is refused: visual tokens and words of the text, not the chat template, and of the file
+    the rows that :func:`longest_row` looks at.
+    """
+    config = memory.config_of(model) or {}
+    try:
+        cell = memory.shape_of(config).cell
+    except UserError:
+        cell = None
+    grid = grid_of(model, cell)
+    row = longest_row(path, grid)
+    if row is not None and row.tokens > prompt:
+        needed = -(-(row.tokens + TEXT_MARGIN) // 64) * 64
+        room = prompt - row.words - TEXT_MARGIN
+        smaller = f", or --image-size {grid.side(room)} when converting" if room > 0 else ""
+        raise UserError(
+            f"MAX_PROMPT_LENGTH={prompt}, but row {row.number} of {path} needs more than {row.tokens} tokens: "
+            f"its image ({row.size}) is {row.visual} of them; MAX_PROMPT_LENGTH={needed} works{smaller}"
+        )
+
+
+def check_lora(rank: int, train_vision: bool, merge: bool = False) -> None:
+    """LoRA's rank, and whether the engine would sample from the adapters that are trained.
+
+    verl hands vLLM the adapters and not ``enable_tower_connector_lora``, so vLLM drops those of the vision tower
+    without an error. Merged into the weights (``model.lora.merge=True``) they would arrive.
+    """
+    if rank > MOST_LORA_RANK:
+        raise UserError(f"LORA_RANK={rank}, but vLLM takes at most {MOST_LORA_RANK}; LORA_RANK={MOST_LORA_RANK} works")
+    if rank and train_vision and not merge:
+        raise UserError(
+            f"LORA_RANK={rank} with TRAIN_VISION=1: vLLM drops the vision tower's adapters, so it would sample from "
+            "another model than is trained; TRAIN_VISION=0 works, and so does LORA_RANK=0"
+        )
+
+
 def end_leftovers(run_dir: Path) -> None:
     """End processes that an earlier, killed run with this name left behind; nobody else's are touched."""
     ended = processes.end(processes.marked(run_dir.resolve()))
@@ -129,7 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mini-batch", type=int, required=True, help="prompts an optimizer step")
     parser.add_argument("--samples", type=int, required=True, help="answers a prompt")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes together")
+    parser.add_argument("--max-prompt", type=int, help="tokens of a prompt, image included")
+    parser.add_argument("--max-response", type=int, help="tokens of an answer")
+    parser.add_argument("--tokens-per-gpu", type=int, help="tokens of one forward pass")
+    parser.add_argument("--lora-rank", type=int, default=0, help="0: full fine-tuning")
+    parser.add_argument("--lora-merge", action="store_true", help="adapters are merged before the engine gets them")
+    parser.add_argument("--train-vision", type=int, choices=(0, 1), help="default: 1, with LoRA 0")
     args = parser.parse_args(argv)
+    train_vision = not args.lora_rank if args.train_vision is None else bool(args.train_vision)
+    check_lora(args.lora_rank, train_vision, args.lora_merge)
     check_machine(args.profile, args.run_dir)
     rows = check_parquet(args.train, "training")
     check_parquet(args.val, "validation")
@@ -139,6 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         raise UserError(f"MODEL_PATH: {error}") from None
     check_batches(rows, args.train_batch, args.samples, args.mini_batch, args.gpus)
+    if args.max_prompt is not None:
+        check_lengths(args.max_prompt, args.max_response or 0, args.tokens_per_gpu, args.model)
+        for path in (args.train, args.val):
+            check_images(path, args.max_prompt, args.model)
     end_leftovers(args.run_dir)
     return 0
 

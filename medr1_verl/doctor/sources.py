@@ -24,6 +24,8 @@ def check_model_files(machine: Machine) -> Check:
         check_model(model)
     except UserError as error:
         return Check("fail", f"MODEL_PATH: {error}", "set it to a model that is whole", "MODEL_PATH=...")
+    prompt, response = machine.count("MAX_PROMPT_LENGTH", 1024), machine.count("MAX_RESPONSE_LENGTH", 256)
+    preflight.check_lengths(prompt, response, machine.count("TOKENS_PER_GPU", 8 * (prompt + response)), model)
     if Path(model).is_dir():
         return Check("ok", model)
     if any(any(config.parent.glob("*.safetensors")) for config in memory.cached_configs(model)):
@@ -70,6 +72,8 @@ def check_data(machine: Machine) -> Check:
         if missing:
             hint = "the images moved after the conversion; convert again, or use --image-store bytes"
             return Check("fail", f"{file}: image {missing} is not there", hint, convert)
+        if not machine.embedded:
+            preflight.check_images(file, machine.count("MAX_PROMPT_LENGTH", 1024), machine.model)
     return Check("ok", f"{counts[0]} training and {counts[1]} test rows in {folder}")
 
 

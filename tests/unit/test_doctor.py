@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from medr1_verl import cli, versions
 from medr1_verl.doctor import cli as doctor
@@ -364,8 +365,17 @@ def test_data(tmp_path):
     assert sources.check_data(given).status == "ok"
     rows(tmp_path, {"image": str(tmp_path / "gone.png")})
     assert "gone.png is not there" in sources.check_data(given).text
-    (tmp_path / "gone.png").write_text("")
+    Image.new("L", (384, 384)).save(tmp_path / "gone.png")
     assert sources.check_data(given).status == "ok"
+    small = at(gpus(), DATA_DIR=str(tmp_path), MAX_PROMPT_LENGTH="100")
+    said = {check.name: check for check in doctor.examine(small)}["data"]
+    assert (said.status, "MAX_PROMPT_LENGTH=384 works" in said.text) == ("fail", True)
+
+
+def test_lengths_beyond_the_model():
+    long = at(gpus(), DATA_DIR="/d", MAX_RESPONSE_LENGTH="40000")
+    said = {check.name: check for check in doctor.examine(long)}["model"]
+    assert (said.status, "was made for 32768" in said.text) == ("fail", True)
 
 
 # --- all together -------------------------------------------------------------------------------------------
