@@ -354,12 +354,14 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", type=int, default=1000)
     p.add_argument("--only", nargs="+", choices=("cpu", "quality", "workers", "memory", "text", "read"))
+    p.add_argument("--methods", nargs="+", choices=("pillow", "geo3k", "one map"), help="beside medr1; default: all")
     p.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = p.parse_args()
     wanted = arguments.only or ["cpu", "quality", "workers", "memory", "text", "read"]
     figures: dict[str, Any] = {"machine": machine(), "resampler": images.RESAMPLER, "encoder": png.ENCODER}
     print(json.dumps(figures))
     methods: dict[str, Any] = {"medr1": medr1, "pillow": pillow}
+    has_datasets = True
     try:
         import datasets
 
@@ -367,7 +369,9 @@ def main() -> int:
         datasets.disable_caching()
         methods |= {"geo3k": geo3k, "one map": one_map}
     except ImportError:
+        has_datasets = False
         print("datasets is not installed: geo3k and one map are left out", file=sys.stderr)
+    methods = {n: f for n, f in methods.items() if n == "medr1" or not arguments.methods or n in arguments.methods}
     Image.MAX_IMAGE_PIXELS = None
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "raw"
@@ -386,7 +390,7 @@ def main() -> int:
             turns = [(whole_run(root, 1), whole_run(root, 2)) for _ in range(2)]
             one, two = (min((turn[i] for turn in turns), key=lambda run: run["seconds"]) for i in (0, 1))
             figures["workers"] = {"1": one, "2": two, "speed_up": round(one["seconds"] / two["seconds"], 2)}
-        if "read" in wanted and "geo3k" in methods:
+        if "read" in wanted and has_datasets:
             (Path(name) / "read").mkdir()
             figures["read_back_cpu_seconds"] = read_back(root, (paths * 20)[:2000], Path(name) / "read")
         if "memory" in wanted:
