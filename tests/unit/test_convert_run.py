@@ -26,12 +26,13 @@ from PIL import Image
 from medr1_verl.cli import run as run_command
 from medr1_verl.convert import Options, convert
 from medr1_verl.convert.cli import main
+from medr1_verl.convert.publish import ParquetFile
 from medr1_verl.convert.question import REASONS
 from medr1_verl.convert.verify import verify
 from medr1_verl.errors import UserError
 from medr1_verl.inspect import load, report
 from medr1_verl.prompt import render_prompt
-from medr1_verl.schema import arrow_schema
+from medr1_verl.schema import arrow_schema, make_row
 from medr1_verl.taxonomy import MODALITIES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "omnimedvqa_to_parquet.py"
@@ -617,3 +618,20 @@ def test_verify_measures_prompts_with_a_real_processor(tree, tmp_path):
     tiny_model.make_processor(tiny_model.make_tokenizer(prompts)).save_pretrained(tmp_path / "model")
     lines = verify([tmp_path / "out" / "train.parquet"], str(tmp_path / "model"))
     assert re.search(r"longest prompt \d+ tokens", lines[0])
+
+
+def test_row_groups_stay_small(tmp_path):
+    """Readers that meet more than 2 GiB of nested binary in one row group fail, so groups end by rows and by bytes."""
+    rows = [
+        make_row(images=[{"bytes": b"x" * 10}], prompt="<image>?", extra_info={"modality": "ct", "answer": "A"})
+        for _ in range(250)
+    ]
+    for name, size, groups in (("rows", 10, [100, 100, 50]), ("bytes", 16 << 20, [2] * 125)):
+        file = ParquetFile(tmp_path / f"{name}.parquet", "bytes")
+        for row in rows:
+            file.add(row, size)
+        file.close()
+        metadata = pq.read_metadata(tmp_path / f"{name}.parquet")
+        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == groups
+        assert metadata.row_group(0).column(3).path_in_schema == "images.list.element.bytes"
+        assert metadata.row_group(0).column(3).compression == "UNCOMPRESSED"
