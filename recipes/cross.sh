@@ -109,6 +109,7 @@ steps, seconds = sum(r["steps"] for r in runs), sum(r["seconds"] for r in runs)
 print(f"{seconds / steps:.1f}" if steps else "")
 PY
 )"
+  (( left > 0 )) || return 0
   if [[ -n "$seconds" ]]; then
     printf '  %-30s %s s a step, start-up included: about %.1f h of training are left\n' "measured on finished runs" "$seconds" \
       "$(awk "BEGIN { print $seconds * $left / $PARALLEL / 3600 }")"
