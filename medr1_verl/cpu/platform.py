@@ -43,6 +43,9 @@ _DEVICE_MODULE_CALLS = {
     "reset_peak_memory_stats": _nothing,
     "empty_cache": _nothing,
     "ipc_collect": _nothing,
+    # A resumed run restores the device's generator without asking whether there is one (checkpoint_manager.py).
+    "get_rng_state": torch.get_rng_state,
+    "set_rng_state": torch.set_rng_state,
 }
 
 
