@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from medr1_verl import versions
 from medr1_verl.errors import UserError
 
+ARGUMENT = "argument"
+
 
 class Setting(NamedTuple):
-    """``key=value`` as found at ``place`` ("train.sh:12", or "argument")."""
+    """``key=value`` as found at ``place``: "train.sh:12", or :data:`ARGUMENT`."""
 
     key: str
     value: str
@@ -72,7 +74,7 @@ def read_settings(source: str) -> list[Setting]:
     if not path.is_file():
         match = _OVERRIDE.match(source)
         if match:
-            return [] if match[1] == "~" else [Setting(match[2], _unquoted(match[3]), "argument")]
+            return [] if match[1] == "~" else [Setting(match[2], _unquoted(match[3]), ARGUMENT)]
         if "=" in source:
             return []  # a hydra argument without a dot in its key, such as seed=1
         raise UserError(f"{source}: no such file, and no override of the form key.key=value")

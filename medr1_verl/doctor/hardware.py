@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import resource
@@ -72,14 +71,16 @@ def check_fit(machine: Machine) -> Check:
     if shape is None:
         return Check("skip", f"{machine.model}: no configuration of a Qwen-VL model here, so its size is not known")
     plan = machine.plan()
-    if math.isnan(plan.gpu_gib):
+    if plan is None:
         return Check("skip", "nvidia-smi does not say how much memory this GPU has")
     need = memory.need(shape, plan)
     of = f"of {plan.gpu_gib:.0f} GiB (calculated)"
     name = Path(machine.model).name
     if not need.fits:
-        fault = need.faults[0]
-        return Check("fail", f"{name} on {plan.gpus}: {fault} {of}", *_what_fits(shape, plan))
+        # The calculation is no measurement: what it finds a little too large may fit.
+        clear = max(need.training, need.rollout) > 1.1 * need.capacity or need.engine_least > need.engine
+        text = f"{name} on {plan.gpus}: {need.faults[0]} {of}"
+        return Check("fail" if clear else "warn", text, *_what_fits(shape, plan))
     text = f"{name} on {plan.gpus}: training peaks at {need.training:.0f}, sampling at {need.rollout:.0f} {of}"
     return Check("ok", f"{text}; {need.answers_at_once} answers at once")
 
@@ -100,10 +101,10 @@ def check_memory(machine: Machine) -> Check:
         least = float(preflight.CPU_MEMORY_GIB)
         what = "the CPU run"
     else:
-        shape = machine.shape()
-        if shape is None or not machine.gpus:
+        shape, plan = machine.shape(), machine.plan()
+        if shape is None or plan is None:
             return Check("ok", f"{free:.0f} GiB free")
-        least = memory.need(shape, machine.plan()).host
+        least = memory.need(shape, plan).host
         what = "loading the model and the reference policy"
     if free < least:
         hint = "end other programs, or raise the container's memory limit"

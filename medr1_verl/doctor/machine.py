@@ -18,6 +18,20 @@ from medr1_verl.errors import UserError
 GIB = 2**30
 NETWORK_SECONDS = 5.0
 
+# Variable of the recipes -> the key of verl that it sets.
+KEYS = {
+    "MODEL_PATH": "actor_rollout_ref.model.path",
+    "LORA_RANK": "actor_rollout_ref.model.lora_rank",
+    "MAX_PROMPT_LENGTH": "data.max_prompt_length",
+    "MAX_RESPONSE_LENGTH": "data.max_response_length",
+    "TOKENS_PER_GPU": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "GPU_MEMORY_UTILIZATION": "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "ROLLOUT_TP": "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "N_GPUS": "trainer.n_gpus_per_node",
+    "NNODES": "trainer.nnodes",
+    "KEEP_CHECKPOINTS": "trainer.max_actor_ckpt_to_keep",
+}
+
 Status = Literal["ok", "warn", "fail", "skip"]
 
 
@@ -50,25 +64,39 @@ class Machine:
     gpus: list[Gpu] = field(default_factory=list)
     gpu_fault: str = ""
 
+    def given(self, name: str) -> tuple[str, str]:
+        """(what it was called, its value) of a recipe's variable: an argument's setting wins, as in the recipes."""
+        key = KEYS.get(name)
+        for setting in reversed(self.settings):
+            if key and setting.key == key and setting.place == old_keys.ARGUMENT:
+                return key, setting.value
+        return name, self.environ.get(name, "")
+
     def get(self, name: str, default: str = "") -> str:
-        return self.environ.get(name) or default
+        return self.given(name)[1] or default
 
     def number(self, name: str, default: float) -> float:
         """A variable of the recipes as a positive number; raises UserError naming it."""
+        called, text = self.given(name)
         try:
-            value = float(self.get(name, str(default)))
+            value = float(text or default)
         except ValueError:
-            value = -1
-        if value <= 0:
-            raise UserError(f"{name}={self.environ.get(name)} is not a positive number")
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise UserError(f"{called}={text} is not a positive number")
         return value
 
-    def count(self, name: str, default: int) -> int:
-        """A variable of the recipes as a whole number of at least 1; raises UserError naming it."""
-        value = self.number(name, default)
-        if value != int(value):
-            raise UserError(f"{name}={self.environ.get(name)} is not a whole number")
-        return int(value)
+    def count(self, name: str, default: int, least: int = 1) -> int:
+        """A variable of the recipes as a whole number of at least ``least``; raises UserError naming it."""
+        called, text = self.given(name)
+        if text and not (text.isdecimal() and int(text) >= least):
+            raise UserError(f"{called}={text} is not a whole number of at least {least}")
+        return int(text or default)
+
+    def switched_on(self, key: str) -> bool:
+        """Whether the arguments set this key of verl's to true."""
+        found = [s.value for s in self.settings if s.key == key and s.place == old_keys.ARGUMENT]
+        return bool(found) and found[-1].lower() in ("true", "1")
 
     @property
     def profile(self) -> str:
@@ -98,25 +126,34 @@ class Machine:
     @property
     def root(self) -> Path:
         """The repository where there is one beside the package, else the working folder."""
-        beside = Path(__file__).resolve().parents[1]
+        beside = Path(__file__).resolve().parents[2]
         return beside if (beside / "recipes").is_dir() else Path.cwd()
 
     @property
     def runs_dir(self) -> Path:
         return Path(self.get("RUNS_DIR", str(self.root / "runs")))
 
-    def plan(self) -> memory.Plan:
-        """The run that the recipe's variables describe, for the memory model. Needs a GPU."""
+    def plan(self) -> memory.Plan | None:
+        """The run that the recipe's variables describe; None without a GPU, or where its memory is not known."""
         here = len(self.gpus)
+        if not here or any(math.isnan(gpu.total_gib) for gpu in self.gpus):
+            return None
         per_node, nodes = self.count("N_GPUS", here), self.count("NNODES", 1)
         prompt, response = self.count("MAX_PROMPT_LENGTH", 1024), self.count("MAX_RESPONSE_LENGTH", 256)
+        lora_rank = self.count("LORA_RANK", 0, least=0)
+        utilization = self.number("GPU_MEMORY_UTILIZATION", 0.6)
+        if utilization >= 1:
+            raise UserError(f"GPU_MEMORY_UTILIZATION={utilization:g} is not a share of the GPU's memory, such as 0.6")
         return memory.Plan(
+            lora_rank=lora_rank,
+            train_vision=self.get("TRAIN_VISION", "0" if lora_rank else "1") != "0",
+            offload=all(self.switched_on(line.removesuffix("=True")) for line in memory.OFFLOAD),
             gpus=per_node * nodes,
             gpu_gib=min(gpu.total_gib for gpu in self.gpus),
             max_prompt=prompt,
             max_response=response,
             tokens_per_gpu=self.count("TOKENS_PER_GPU", 8 * (prompt + response)),
-            utilization=self.number("GPU_MEMORY_UTILIZATION", 0.6),
+            utilization=utilization,
             tensor_parallel=self.count("ROLLOUT_TP", 1),
             remove_padding=versions.installed("flash-attn") is not None,
             gpus_per_node=per_node,

@@ -39,8 +39,8 @@ def _check_hub(machine: Machine, model: str) -> Check:
     if machine.get("HF_HUB_OFFLINE", "0") not in ("0", "false", "False"):
         return Check("fail", f"{model} is not in the cache, and HF_HUB_OFFLINE is set", copy, fix)
     hub = machine.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{hub}/{model}/resolve/main/config.json", method="HEAD")
     try:
+        request = urllib.request.Request(f"{hub}/{model}/resolve/main/config.json", method="HEAD")
         with urllib.request.urlopen(request, timeout=NETWORK_SECONDS):
             return Check("ok", f"{model}, to be downloaded from {hub}")
     except urllib.error.HTTPError as error:

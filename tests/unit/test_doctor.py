@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from medr1_verl import cli, versions
+from medr1_verl import cli, old_keys, processes, versions
 from medr1_verl.doctor import cli as doctor
 from medr1_verl.doctor import hardware, machine, software, sources
 from medr1_verl.doctor.machine import Check, Gpu, Machine
+from medr1_verl.errors import UserError
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80.0, 0.5, "580.95.05", 8.0)
 GPU_SET = versions.SETS["gpu"] | {"TransferQueue": "0.1.11", "ray": "2.60.0", "tensordict": "0.10.0"}
@@ -204,6 +206,7 @@ def test_driver_and_cuda(have, driver, status):
         (gpus(2), DATA, "ok", ""),
         (gpus(1), {"EMBEDDED": "1"}, "ok", ""),
         (gpus(1), DATA | {"GPU_MEMORY_UTILIZATION": "0.9"}, "fail", "GPU_MEMORY_UTILIZATION=0."),
+        (gpus(1), DATA | {"GPU_MEMORY_UTILIZATION": "0.7"}, "warn", "GPU_MEMORY_UTILIZATION=0."),
         (gpus(8, total_gib=24.0), DATA | {"MODEL_PATH": "Qwen/Qwen2-VL-7B-Instruct"}, "fail", "lora_rank=32"),
         (gpus(1), DATA | {"MODEL_PATH": "Qwen/Qwen2-VL-72B-Instruct"}, "fail", "N_GPUS="),
         (gpus(1, total_gib=4.0), DATA, "fail", "MODEL_PATH="),
@@ -217,6 +220,31 @@ def test_gpu_memory(have, gpu_list, environ, status, advice):
     assert check.status == status, check
     assert advice in check.fix
     assert status == "skip" or "EMBEDDED" in environ or "(calculated)" in check.text, "never shown as measured"
+
+
+def test_advice_given_back_as_arguments_fits(have):
+    """What the doctor says to set, set: variables in the environment, verl's keys as arguments, as the recipe takes."""
+    have({"flash-attn": "2.8.3"})
+    environ = DATA | {"MODEL_PATH": "Qwen/Qwen2-VL-7B-Instruct"}
+    for cards in (gpus(1), gpus(2), gpus(8, total_gib=24.0), gpus(4, total_gib=48.0)):
+        check = hardware.check_fit(at(cards, **environ))
+        assert check.status == "fail"
+        words = check.fix.split()
+        variables = dict(word.split("=", 1) for word in words if word.split("=")[0].isupper())
+        settings = [s for word in words if not word.split("=")[0].isupper() for s in old_keys.read_settings(word)]
+        again = Machine(environ | variables, settings, cards)
+        assert hardware.check_fit(again).status == "ok", check
+
+
+def test_arguments_win_over_variables():
+    settings = old_keys.read_settings("data.max_prompt_length=2048")
+    assert Machine({"MAX_PROMPT_LENGTH": "512"}, settings).count("MAX_PROMPT_LENGTH", 1024) == 2048
+    with pytest.raises(UserError, match=r"data\.max_prompt_length=x is not a whole number"):
+        Machine({}, old_keys.read_settings("data.max_prompt_length=x")).count("MAX_PROMPT_LENGTH", 1024)
+
+
+def test_runs_go_into_the_repository():
+    assert (at().root / "recipes").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +274,9 @@ def test_ray_leftovers(monkeypatch, tmp_path):
 def test_a_living_ray_daemon_is_seen(tmp_path):
     daemon = subprocess.Popen(["bash", "-c", "exec -a /somewhere/raylet sleep 60"])
     try:
+        deadline = time.monotonic() + 20  # bash takes its new name a moment later
+        while not processes.title(daemon.pid).startswith("/somewhere/raylet") and time.monotonic() < deadline:
+            time.sleep(0.01)
         check = hardware.check_ray(at(), tmp_path)
         assert (check.status, check.fix) == ("warn", "ray stop")
     finally:
@@ -392,7 +423,7 @@ def test_a_failing_check_is_a_line_and_not_the_end(monkeypatch):
 
 
 @pytest.mark.parametrize("variable", ["N_GPUS", "NNODES", "TOKENS_PER_GPU", "ROLLOUT_TP", "KEEP_CHECKPOINTS"])
-@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5"])
+@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5", "nan", "inf", "1e9"])
 def test_a_bad_variable_is_named(variable, value):
     checks = doctor.examine(at(gpus(), DATA_DIR="/d", **{variable: value}))
     assert any(check.status == "fail" and f"{variable}={value}" in check.text for check in checks)
@@ -409,6 +440,29 @@ def test_a_gpu_machine_on_one_screen(have, tmp_path):
     advice = doctor.hints(doctor.examine(ready))
     assert "# model: " in advice
     assert "hf download Qwen/Qwen2-VL-2B-Instruct" in advice
+
+
+ODD = [
+    {"DATA_DIR": "/etc/passwd", "MODEL_PATH": "/etc/passwd"},
+    {"DATA_DIR": "/proc", "MODEL_PATH": "/proc", "RUNS_DIR": "/proc/none"},
+    {"RUNS_DIR": "/etc/passwd/under/a/file", "RUN_NAME": ""},
+    {"MODEL_PATH": "a b\nc", "DATA_DIR": "\u2028"},
+    {"CUDA_VISIBLE_DEVICES": "", "N_GPUS": "", "DATA_DIR": "/d"},
+    {"RAY_ADDRESS": "[::1]:1", "DATA_DIR": "/d"},
+    {"RAY_ADDRESS": ":::", "DATA_DIR": "/d"},
+    {"HF_ENDPOINT": "nonsense", "MODEL_PATH": "a/b"},
+    {"HF_ENDPOINT": "file:///etc", "MODEL_PATH": "a/b"},
+    {"LORA_RANK": "32", "DATA_DIR": "/d"},
+    {"LORA_RANK": "-3", "DATA_DIR": "/d"},
+    {"GPU_MEMORY_UTILIZATION": "60", "DATA_DIR": "/d"},
+]
+
+
+@pytest.mark.parametrize("environ", ODD)
+@pytest.mark.parametrize("cards", [[], gpus(2), gpus(1, total_gib=float("nan"), used_gib=float("nan"))])
+def test_nothing_foreseeable_breaks_a_check(cards, environ):
+    found = doctor.examine(at(cards, **environ))
+    assert [check.text for check in found if "could not be checked" in check.text] == []
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
