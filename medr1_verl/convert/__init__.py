@@ -10,7 +10,21 @@
 ``options``    what can be chosen                      ``cli``     the command line
 """
 
-from medr1_verl.convert.options import Options
-from medr1_verl.convert.run import Result, convert
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medr1_verl.convert.options import Options
+    from medr1_verl.convert.run import Result, convert
 
 __all__ = ["Options", "Result", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    """``Options``, ``Result`` and ``convert`` on first use: the worker processes never load pyarrow."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from medr1_verl.convert import options, run
+
+    return getattr(options if name == "Options" else run, name)

@@ -131,7 +131,7 @@ class ImagePool:
 
     def _one_shard(self, order: dict[str, Any], slots: list[_Worker | None], slot: int, bar: tqdm) -> bool:
         """True when the shard is complete; False when its worker died, whose image is then on the skip list."""
-        current, counted = None, 0
+        current, counted, code = None, 0, None
         try:
             worker = slots[slot]
             if worker is None:

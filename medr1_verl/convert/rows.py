@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from medr1_verl.convert import publish
 from medr1_verl.convert.manifest import SPLITS
 from medr1_verl.convert.options import Options
 from medr1_verl.convert.question import Question
+from medr1_verl.errors import UserError
 from medr1_verl.prompt import load_template, render_prompt
 from medr1_verl.schema import make_row
 from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
@@ -43,7 +45,10 @@ class _StoredImages:
             self._stream = open(self.folder / f"{record['shard']:06d}.bin", "rb")  # noqa: SIM115 - closed in close()
             self._shard = record["shard"]
         self._stream.seek(record["offset"])
-        return self._stream.read(record["length"])
+        data = self._stream.read(record["length"])
+        if zlib.crc32(data) != record["crc"]:
+            raise UserError(f"shard {self._shard} in {self.folder} is damaged; run again without --resume")
+        return data
 
     def close(self) -> None:
         if self._stream is not None:
