@@ -66,12 +66,12 @@ def markdown(tables: dict[str, Any]) -> str:
     ]
     for by, title in TITLES.items():
         if tables[by] is not None:
-            parts += [f"## {title}", _matrix_markdown(tables[by], tables["base"], by)]
+            parts += [f"## {title}", _matrix_markdown(tables[by], tables["base"])]
     parts += ["## Runs", _runs_markdown(tables["runs"])]
     return "\n\n".join(parts) + "\n"
 
 
-def _matrix_markdown(table: dict[str, Any], base: str | None, by: str) -> str:
+def _matrix_markdown(table: dict[str, Any], base: str | None) -> str:
     columns = table["columns"]
 
     def body(cell: dict[str, Any] | None) -> str:

@@ -16,10 +16,9 @@ from medr1_verl.errors import UserError
 from medr1_verl.evaluation.predictions import FILE_NAME, read_rows
 from medr1_verl.option_prior import PSEUDO_COUNT, OptionPrior, exact, normalized
 from medr1_verl.prompt import LETTERS
-from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
+from medr1_verl.slices import SLUGS
 
 READINGS = {"strict": "acc", "tolerant": "acc_tolerant", "reference": "acc_reference"}
-SLICES = {"modality": tuple(MODALITIES), "question_type": tuple(QUESTION_TYPES)}
 _MEASURES = (
     "acc",
     "acc_tolerant",
@@ -242,7 +241,7 @@ def _prediction_files(path: Path) -> list[Path]:
 
 def trained_slice(name: str) -> str | None:
     """The modality or question type that a run's name ends with: ``ct``, ``grpo-ct``, ``sft_lesion_grading``."""
-    for slug in (*MODALITIES, *QUESTION_TYPES):
+    for slug in (*SLUGS["modality"], *SLUGS["question_type"]):
         if name == slug or name.endswith((f"-{slug}", f"_{slug}", f"/{slug}")):
             return slug
     return None

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medr1_verl.errors import UserError
-from medr1_verl.evaluation.runs import READINGS, SLICES, Questions, Run, TrainingRows
+from medr1_verl.evaluation.runs import READINGS, Questions, Run, TrainingRows
 from medr1_verl.evaluation.statistics import REPLICATES, bootstrap_sums, mcnemar, percentile_interval, share_interval
 from medr1_verl.prompt import LETTERS
+from medr1_verl.slices import SLUGS
 
 Cell = dict[str, Any]
 
@@ -149,8 +150,8 @@ def build(
         "base": base,
         "training_rows": None if training is None else len(training.gold),
     }
-    for by in SLICES:
-        own = [run for run in runs if run.trained_on in SLICES[by]]
+    for by in SLUGS:
+        own = [run for run in runs if run.trained_on in SLUGS[by]]
         members = [run for run in runs if run.trained_on is None or run in own]
         if not own and len(members) < len(runs):
             # All runs were trained for the other matrix: this one breaks down those that answered all rows.
@@ -183,7 +184,7 @@ class _Matrix:
         slugs = np.array(questions.modality if by == "modality" else questions.question_type)
         universe = np.any([run.asked() for run in deciding], axis=0)
         present = set(slugs[universe])
-        self.columns = [slug for slug in SLICES[by] if slug in present] + sorted(present - set(SLICES[by]))
+        self.columns = [slug for slug in SLUGS[by] if slug in present] + sorted(present - set(SLUGS[by]))
         self.rows_of = {slug: universe & (slugs == slug) for slug in self.columns}
         self.questions = questions
         self._check_same_rows()
@@ -219,7 +220,7 @@ class _Matrix:
         self.counts.draw(self.settings.replicates, self.settings.seed)
         self.estimates = {key: _Estimate.of(self.counts, share) for key, share in shares.items()}
         rows = [self._row(run) for run in self.runs]
-        matrix = [run for run in self.runs if run.trained_on in SLICES[self.by]]
+        matrix = [run for run in self.runs if run.trained_on in SLUGS[self.by]]
         return {
             "columns": self.columns,
             "rows": rows,
@@ -351,7 +352,7 @@ def _ratio(hits: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.f
 
 
 def _order(by: str, slug: str | None) -> int:
-    return SLICES[by].index(slug) if slug in SLICES[by] else -1
+    return SLUGS[by].index(slug) if slug in SLUGS[by] else -1
 
 
 def _overview(
