@@ -109,9 +109,17 @@ def to_inspect(log: Path, folder: Path, images: Mapping[str, list[str]] | None =
 
 
 def _inspect_log(records: list[dict[str, Any]], images: Mapping[str, list[str]]) -> Any:
-    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec
+    from inspect_ai.log import (
+        EvalConfig,
+        EvalDataset,
+        EvalLog,
+        EvalMetric,
+        EvalResults,
+        EvalScore,
+        EvalSpec,
+        EvalStats,
+    )
     from inspect_ai.model import GenerateConfig
-    from inspect_ai.log import EvalMetric, EvalScore  # isort: skip
 
     first = records[0]
     context = first["context"]
@@ -143,6 +151,7 @@ def _inspect_log(records: list[dict[str, Any]], images: Mapping[str, list[str]])
             packages={name: version for name, version in context.get("versions", {}).items() if name != "python"},
             metadata={"model": model, "data": context.get("data", []), "style": first["style"]},
         ),
+        stats=EvalStats(started_at=first["time"], completed_at=records[-1]["time"]),
         results=EvalResults(
             total_samples=len(records),
             completed_samples=len(records),
@@ -175,7 +184,11 @@ def _inspect_sample(record: Mapping[str, Any], sample_id: str, epoch: int, image
     options = record["options"] or []
     lines = [record["question"] or record.get("prompt") or ""]
     lines += [f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    content: list[Content] = [ContentImage(image=uri) for uri in images.get(record["question_id"] or "", [])]
+    content: list[Content] = []
+    if record["control"] in ("none", "relettered"):
+        content += [ContentImage(image=uri) for uri in images.get(record["question_id"] or "", [])]
+    else:
+        content.append(ContentText(text=f"[control {record['control']}: the question's own image was not shown]"))
     user = ChatMessageUser(content=[*content, ContentText(text="\n".join(lines))])
     assistant = ChatMessageAssistant(content=record["output"])
     explanation = record["reasoning"] or record["output"]

@@ -362,5 +362,7 @@ def test_inspect_log(tmp_path, data, model, engine, capsys):
     sample = read.samples[0]
     assert sample.scores["acc"].value == 1
     assert sample.messages[0].content[0].image.startswith(("data:image/png;base64,", "attachment://"))
+    blank = inspect_log.read_eval_log(str(files[1])).samples[0].messages[0].content
+    assert [part.type for part in blank] == ["text", "text"], "an image that the model was not shown is not in the log"
     assert medr1(arguments) == 2
     assert "give an empty folder" in capsys.readouterr().err
