@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("medr1_verl.evaluation.evaluate", "a model over test rows through vLLM: predictions and accuracy"),
     "tables": ("medr1_verl.evaluation.tables_cli", "predictions to the paper's matrices, with intervals and controls"),
     "report": ("medr1_verl.report.cli", "a run as one HTML page, with a browser of its answers"),
+    "card": ("medr1_verl.cards", "a model card of a run, a data card of a data set"),
     "ask": ("medr1_verl.ask", "one question about one image, or a small local web page"),
     "reasoning": ("medr1_verl.reasoning_quality", "what can be counted of the reasoning in predictions"),
     "audit": ("medr1_verl.audit.cli", "logs of every answer: verify, show, export"),

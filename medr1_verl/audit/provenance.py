@@ -57,8 +57,12 @@ def template_sha256(template: Template) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 of the lines that ``LC_ALL=C sha256sum *`` prints in the folder: every file, weights and tokenizer."""
-    files = sorted((path for path in folder.glob("[!.]*") if path.is_file()), key=lambda path: path.name.encode())
+    """SHA-256 of what ``sha256sum`` prints of every file in the folder, by name: weights, tokenizer and configuration.
+
+    Texts (``*.md``) are left out, so that a card can be written beside the weights; docs/audit.md has the command.
+    """
+    found = (path for path in folder.glob("[!.]*") if path.is_file() and path.suffix != ".md")
+    files = sorted(found, key=lambda path: path.name.encode())
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="digest of the weights", delay=2) as progress:
         lines = [f"{file_sha256(path, progress)}  {path.name}\n" for path in files]
