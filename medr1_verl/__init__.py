@@ -12,7 +12,7 @@ Importing this package costs nothing: no torch, no verl, no vLLM. The modules ar
 * ``training_metrics``  parts of the reward at every training step
 * ``plugin``    what verl loads by itself (entry point ``verl.plugins``)
 * ``cpu``       the platform that lets verl's own trainer and vLLM run without a GPU
-* ``doctor``    whether a machine can run the recipes, by ``memory`` (GPU memory of a run, calculated), ``versions`` (what
+* ``doctor``    whether a machine can run the recipes, by ``memory`` (GPU memory, calculated), ``versions`` (what
   goes together) and ``old_keys`` (settings that verl ignores); ``preflight`` refuses what cannot run, with
   ``image_tokens`` for images that fill the prompt
 * ``embedded``  drawn images and a tiny Qwen2-VL: the default run where there is no GPU and no data

@@ -14,7 +14,7 @@ def _run_the_sitecustomize_that_this_one_hides() -> None:
 
     if hasattr(sys, "_medr1_site"):  # two checkouts on one path would run each other for ever
         return
-    sys._medr1_site = True
+    setattr(sys, "_medr1_site", True)  # noqa: B010 - an attribute of our own
     here = os.path.dirname(os.path.abspath(__file__))
     others = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
