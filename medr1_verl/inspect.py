@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from medr1_verl.convert import partition, readers, splits
@@ -234,8 +234,7 @@ def contact_sheet(path: Path, target: Path, count: int = 48) -> int:
         x, y = placed % columns * cell, placed // columns * (cell + caption)
         picture = pictures[0]
         size = f"{picture.width}x{picture.height}" + (f" +{len(pictures) - 1}" if len(pictures) > 1 else "")
-        picture.thumbnail((cell - 6, cell - 6))
-        sheet.paste(picture, (x + 3, y + 3))
+        sheet.paste(ImageOps.contain(picture, (cell - 6, cell - 6)), (x + 3, y + 3))
         lines = (f"{info['modality']} {size} gold {info['answer']}", info["question"][:34], info["answer_text"][:34])
         for i, line in enumerate(lines):
             draw.text((x + 3, y + cell + 13 * i), line.encode("ascii", "replace").decode(), fill=(255, 255, 255))

@@ -140,9 +140,10 @@ class ImagePool:
             for reply in worker.replies():
                 if "fatal" in reply:
                     raise disk_error(OSError(reply["errno"], reply["fatal"]), self.folder)
-                if "start" in reply:
-                    current = reply["start"]
-                elif "image" in reply:
+                if "begun" in reply:
+                    current = 0
+                elif "finished" in reply:
+                    current = reply["finished"] + 1
                     counted += 1
                     bar.update(1)
                 elif "done" in reply:
@@ -157,8 +158,8 @@ class ImagePool:
             worker.stop()
             code = worker.process.returncode
         bar.update(-counted)
-        if current is None:
-            raise UserError(f"a worker process ended at once (exit status {code}); its message is above this line")
+        if current is None or current == len(order["images"]):
+            raise UserError(f"a worker process ended between images (exit status {code}); run again with --resume")
         order["skip"][str(current)] = f"the decoder crashed or took longer than {IMAGE_SECONDS} s"
         return False
 

@@ -4,8 +4,8 @@ Separate processes (``python -m medr1_verl.convert.worker``) rather than forks, 
 parent dies (their input closes), need no ``__main__`` guard in a user's script, and a decoder that crashes on a
 hostile file takes only its own process with it.
 
-An order is one JSON line: ``{"shard": n, "key": ..., "images": [...], "skip": {index: message}}``. Two lines come back
-for each image (``start`` and ``image``), and one with ``done`` when the shard is complete on disk: ``NNNNNN.bin`` (the
+An order is one JSON line: ``{"shard": n, "key": ..., "images": [...], "skip": {index: message}}``. Lines come
+back: ``begun``, ``finished`` for each image, and ``done`` when the shard is complete on disk: ``NNNNNN.bin`` (the
 converted files back to back) and ``NNNNNN.json`` (their records).
 """
 
@@ -115,6 +115,7 @@ def _replace(path: Path, write: Any) -> None:
 
 def run_shard(order: dict[str, Any], settings: dict[str, Any], reply: Any) -> None:
     """Convert the images of one order and leave the shard's two files, the index last."""
+    reply({"begun": order["shard"]})
     folder = Path(settings["folder"])
     stem = f"{order['shard']:06d}"
     records: list[dict[str, Any]] = []
@@ -125,13 +126,12 @@ def run_shard(order: dict[str, Any], settings: dict[str, Any], reply: Any) -> No
             if message := order["skip"].get(str(number)):
                 record, stored = {"path": relative, "error": ("unreadable_image", message)}, b""
             else:
-                reply({"start": number})
                 record, stored = process(settings["root"], relative, settings)
             stream.write(stored)
             record |= {"offset": offset, "length": len(stored), "crc": zlib.crc32(stored)}
             offset += len(stored)
             records.append(record)
-            reply({"image": number})
+            reply({"finished": number})
 
     _replace(folder / f"{stem}.bin", write)
     index = json.dumps({"key": order["key"], "records": records}).encode()
