@@ -62,19 +62,23 @@ def descendants(root: int) -> list[int]:
 
 def marked(run_dir: Path) -> list[int]:
     """Pids of living processes that were started for the run in ``run_dir``, this one left out."""
-    needle = f"{RUN_MARK}={run_dir}".encode()
-    found = []
-    for pid in all_pids():
-        stat = _stat(pid)
-        if pid == os.getpid() or stat is None or stat[1] == "Z":
-            continue
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if needle in environment:
-            found.append(pid)
-    return found
+    return [pid for pid in all_pids() if pid != os.getpid() and alive(pid) and run_of(pid) == str(run_dir)]
+
+
+def run_of(pid: int) -> str | None:
+    """Folder of the run that a process was started for, None for any other and for those that cannot be looked at."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    start = f"{RUN_MARK}=".encode()
+    return next((os.fsdecode(line[len(start) :]) for line in environment if line.startswith(start)), None)
+
+
+def supervised(run_dir: str) -> bool:
+    """Whether a supervisor is watching over the run in this folder."""
+    words = ("medr1_verl.supervise", Path(run_dir).name)
+    return any(all(word in text for word in words) for text in map(title, all_pids()))
 
 
 def title(pid: int) -> str:

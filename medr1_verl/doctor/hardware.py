@@ -148,13 +148,10 @@ def check_ray(machine: Machine, temporary: Path = Path("/tmp/ray")) -> Check:
     address = machine.get("RAY_ADDRESS")
     if address and address not in ("local", "auto"):
         return _check_cluster(address)
-    daemons = [pid for pid in processes.all_pids() if _RAY_DAEMON.search(processes.title(pid))]
     sessions = len(list(temporary.glob("session_2*"))) if temporary.is_dir() else 0
+    daemons = [pid for pid in processes.all_pids() if _RAY_DAEMON.search(processes.title(pid))]
     if daemons:
-        held = processes.memory_bytes(daemons) / GIB
-        text = f"{len(daemons)} daemons of a Ray cluster are up ({held:.1f} GiB)"
-        hint = "the recipes start a cluster of their own; if no run of yours is on, end these"
-        return Check("warn", text, hint, "ray stop")
+        return _living_cluster(daemons)
     if (temporary / "ray_current_cluster").is_file():
         hint = "harmless to the recipes, which start a cluster of their own; other programs would wait for it"
         return Check(
@@ -163,6 +160,21 @@ def check_ray(machine: Machine, temporary: Path = Path("/tmp/ray")) -> Check:
     return Check(
         "ok", "no cluster left over" + (f", {sessions} old session folders in {temporary}" if sessions else "")
     )
+
+
+def _living_cluster(daemons: list[int]) -> Check:
+    """Whose daemons these are: of a run that is on, of a killed run of the recipes, or of something else."""
+    runs = {processes.run_of(pid) for pid in daemons}
+    on = sorted(run for run in runs if run and processes.supervised(run))
+    left = sorted(run for run in runs if run and run not in on)
+    if left:
+        hint = "the next start of that run ends what is left of it"
+        return Check("warn", f"a killed run left its Ray cluster: {left[0]}", hint, f"RUN_NAME={Path(left[0]).name}")
+    if None in runs:
+        held = processes.memory_bytes(daemons) / GIB
+        hint = "the recipes start a cluster of their own; if nothing of yours is on, this ends them all"
+        return Check("warn", f"{len(daemons)} daemons of a Ray cluster are up ({held:.1f} GiB)", hint, "ray stop")
+    return Check("ok", f"the cluster of a run that is on: {on[0]}")
 
 
 def _check_cluster(address: str) -> Check:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -279,17 +281,37 @@ def test_ray_leftovers(monkeypatch, tmp_path):
     assert hardware.check_ray(at(), tmp_path).fix == f"rm {tmp_path}/ray_current_cluster"
 
 
-def test_a_living_ray_daemon_is_seen(tmp_path):
-    daemon = subprocess.Popen(["bash", "-c", "exec -a /somewhere/raylet sleep 60"])
+@contextlib.contextmanager
+def named(title: str, *arguments: str, **environ: str):
+    """A process that calls itself ``title``."""
+    command = ["bash", "-c", f'exec -a {title} python3 -c "import time; time.sleep(60)" "$@"', "-", *arguments]
+    process = subprocess.Popen(command, env=os.environ | environ)
     try:
         deadline = time.monotonic() + 20  # bash takes its new name a moment later
-        while not processes.title(daemon.pid).startswith("/somewhere/raylet") and time.monotonic() < deadline:
+        while not processes.title(process.pid).startswith(title) and time.monotonic() < deadline:
             time.sleep(0.01)
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_whose_ray_daemon_it_is(tmp_path, monkeypatch):
+    """Somebody's, a killed run's, and a run's that is on."""
+    run_dir, seen = str(tmp_path / "run-of-this-test"), []
+    monkeypatch.setattr(hardware.processes, "all_pids", lambda: seen)
+    with named("/somewhere/raylet") as pid:
+        seen[:] = [pid]
         check = hardware.check_ray(at(), tmp_path)
         assert (check.status, check.fix) == ("warn", "ray stop")
-    finally:
-        daemon.kill()
-        daemon.wait()
+    with named("/somewhere/raylet", **{processes.RUN_MARK: run_dir}) as pid:
+        seen[:] = [pid]
+        check = hardware.check_ray(at(), tmp_path)
+        assert (check.status, check.fix) == ("warn", "RUN_NAME=run-of-this-test")
+        with named("python", "medr1_verl.supervise", "--run-dir", run_dir) as supervisor:
+            seen.append(supervisor)
+            check = hardware.check_ray(at(), tmp_path)
+            assert (check.status, run_dir in check.text) == ("ok", True)
 
 
 def test_an_existing_cluster_is_called():
@@ -474,8 +496,6 @@ def test_nothing_foreseeable_breaks_a_check(cards, environ):
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
-    import os
-
     kept = {k: v for k, v in os.environ.items() if k not in ("PROFILE", "DATA_DIR", "MODEL_PATH")}
     command = [sys.executable, "-m", "medr1_verl.cli", "doctor", *arguments]
     return subprocess.run(command, env=kept | environ, capture_output=True, text=True, timeout=60)
