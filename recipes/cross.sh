@@ -30,7 +30,7 @@ require_integer NNODES 1
 (( PARALLEL == 1 || NNODES == 1 )) || die "PARALLEL=$PARALLEL with NNODES=$NNODES: several runs at a time need a node of their own each"
 [[ -z "$EVAL_LIMIT" ]] || require_integer EVAL_LIMIT 1
 if [[ "$PROFILE" == gpu ]]; then
-  gpus_here="$(nvidia-smi -L | grep -c GPU)"
+  gpus_here="$(count_gpus)"
   N_GPUS="${N_GPUS:-$((gpus_here / PARALLEL))}"
   (( N_GPUS >= 1 && (NNODES > 1 || N_GPUS * PARALLEL <= gpus_here) )) || die "PARALLEL=$PARALLEL runs of N_GPUS=$N_GPUS do not fit on $gpus_here GPUs"
 else

@@ -56,7 +56,7 @@ TOTAL_EPOCHS="${TOTAL_EPOCHS:-1}"
 SAVE_FREQ="${SAVE_FREQ:-200}"                 # the last step is saved in any case
 for name in TRAIN_BATCH_SIZE MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH TOTAL_EPOCHS SAVE_FREQ; do require_integer "$name" 1; done
 [[ -z "$TOTAL_STEPS" ]] || require_integer TOTAL_STEPS 1
-if [[ "$PROFILE" == gpu ]]; then N_GPUS="${N_GPUS:-$(nvidia-smi -L | grep -c GPU)}"; else N_GPUS="${N_GPUS:-1}"; fi
+if [[ "$PROFILE" == gpu ]]; then N_GPUS="${N_GPUS:-$(count_gpus)}"; else N_GPUS="${N_GPUS:-1}"; fi
 require_integer N_GPUS 1
 (( TRAIN_BATCH_SIZE % N_GPUS == 0 )) || die "TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE is not a multiple of N_GPUS=$N_GPUS"
 
