@@ -10,6 +10,8 @@ Importing this package costs nothing: no torch, no verl, no vLLM. The modules ar
 * ``dataset``   an optional verl data set class: other style, option order or slices (``view``) of the same parquet
 * ``config_check``      refuses wrong settings and ground truths before a GPU is taken
 * ``training_metrics``  parts of the reward at every training step
+* ``audit``     every answer in a log that shows changes; ``report``, ``cards``, ``ask`` and ``reasoning_quality`` make
+  answers and their reasoning inspectable
 * ``plugin``    what verl loads by itself (entry point ``verl.plugins``)
 * ``cpu``       the platform that lets verl's own trainer and vLLM run without a GPU
 * ``doctor``    whether a machine can run the recipes, by ``memory`` (GPU memory, calculated), ``versions`` (what

@@ -19,6 +19,7 @@ MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-256}"
 STYLE="${STYLE:-}"                          # think | no-think | think-after; default: the rows' own
 SEED="${SEED:-42}"
 EVAL_LIMIT="${EVAL_LIMIT:-}"                # so many rows only, spread over modalities and question types
+AUDIT_KEY="${AUDIT_KEY:-}"                  # Ed25519 private key (file) that signs the audit log
 BASE_URL="${BASE_URL:-}"                    # ask this OpenAI-compatible server instead of loading the model here
 N_GPUS="${N_GPUS:-1}"                       # GPUs to split the model over
 NNODES="${NNODES:-1}"                       # evaluation runs on one node
@@ -44,6 +45,7 @@ RUN_DIR="$RUNS_DIR/$RUN_NAME"
 read -ra controls <<<"$CONTROLS"
 EVALUATION=("$PYTHON" -m medr1_verl.cli evaluate --model "$MODEL_PATH" --data "$DATA_DIR" --output "$RUN_DIR"
   --control "${controls[@]}" --max-tokens "$MAX_RESPONSE_LENGTH" --seed "$SEED" --name "${EVAL_NAME:-$RUN_NAME}"
+  --audit ${AUDIT_KEY:+--audit-key "$AUDIT_KEY"}
   ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} ${STYLE:+--style "$STYLE"} ${BASE_URL:+--base-url "$BASE_URL"})
 [[ "$PROFILE" == gpu && -z "$BASE_URL" ]] && EVALUATION+=(--tensor-parallel "$N_GPUS" --gpu-memory "${EVAL_GPU_MEMORY:-0.85}")
 EVALUATION+=("$@")

@@ -76,6 +76,7 @@ TOKENS_PER_GPU="${TOKENS_PER_GPU:-$((8 * (MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGT
 TEMPERATURE="${TEMPERATURE:-1.0}"
 EVALUATE="${EVALUATE:-1}"                     # 0: no evaluation after training
 EVAL_LIMIT="${EVAL_LIMIT:-}"                  # rows of the test file that the final evaluation answers; empty: all
+AUDIT_KEY="${AUDIT_KEY:-}"                    # Ed25519 private key (file) that signs the audit log
 for name in TRAIN_BATCH_SIZE ROLLOUT_N MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH TOTAL_EPOCHS MINI_BATCH_SIZE; do require_integer "$name" 1; done
 [[ -z "$TOTAL_STEPS" ]] || require_integer TOTAL_STEPS 1
 require_one_of EVALUATE 0 1
@@ -269,9 +270,12 @@ if [[ "$EVALUATE" == 1 ]]; then
   say "Evaluating the model before training (kept for the next run where nothing changed)"
   "${EVALUATION[@]}" --model "$MODEL_PATH" --name before --output "$before" >"$RUN_DIR/logs/evaluate_before.log" 9>&-
   say "Evaluating the trained model"
-  "${EVALUATION[@]}" --model "$RUN_DIR/model" --name "$RUN_NAME" --output "$RUN_DIR/predictions.jsonl" >"$RUN_DIR/logs/evaluate.log" 9>&-
+  "${EVALUATION[@]}" --model "$RUN_DIR/model" --name "$RUN_NAME" --output "$RUN_DIR/predictions.jsonl" \
+    --audit ${AUDIT_KEY:+--audit-key "$AUDIT_KEY"} >"$RUN_DIR/logs/evaluate.log" 9>&-
 fi
 
 say "Done"
 "$PYTHON" -m medr1_verl.run_folder join "$RUN_DIR" 9>&-
 "$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" ${before:+--before "$before"} 9>&-
+# The embedded default keeps the answers before training beside its data; else they are in the run folder.
+"$PYTHON" -m medr1_verl.cli report "$RUN_DIR" ${embedded:+${before:+"$before"}} --data "$VAL_FILE" 9>&-

@@ -253,7 +253,15 @@ def test_the_outputs_are_where_they_are_promised(job):
     assert [key for key in SUMMARY_KEYS if key not in summary] == []
     assert [key for key in SUMMARY_KEYS if summary[key] is None] == []
     assert summary["steps"] == STEPS
-    for name in ("config/config.yaml", "metrics.jsonl", "checkpoints", "model/config.json", "predictions.jsonl"):
+    for name in (
+        "config/config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "model/config.json",
+        "predictions.jsonl",
+        "audit.jsonl",
+        "report.html",
+    ):
         assert (job.run / name).exists(), name
     assert "Held-out accuracy" in job.output
 
