@@ -76,9 +76,9 @@ def check_machine(profile: str, run_dir: Path) -> None:
             f"/dev/shm has {shared / _GIB:.1f} GiB free and verl and Ray need {SHARED_MEMORY_GIB}; "
             "in a container, start it with --shm-size=8g"
         )
-    probe = run_dir / ".writable"
+    probe = run_dir.parent / f".{run_dir.name}.writable"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:

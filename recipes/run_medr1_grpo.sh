@@ -107,9 +107,10 @@ fi
 TRAIN_FILE="$DATA_DIR/train.parquet"
 VAL_FILE="$DATA_DIR/test.parquet"
 
-[[ -n "$DRY_RUN" ]] || "$PYTHON" -m medr1_verl.preflight --profile "$PROFILE" --run-dir "$RUN_DIR" --train "$TRAIN_FILE" --val "$VAL_FILE" \
-  --model "$MODEL_PATH" --train-batch "$TRAIN_BATCH_SIZE" --mini-batch "$MINI_BATCH_SIZE" --samples "$ROLLOUT_N" \
-  --gpus $((N_GPUS * NNODES)) 9>&-
+[[ -n "$DRY_RUN" ]] || "$PYTHON" -m medr1_verl.preflight --profile "$PROFILE" --run-dir "$RUN_DIR" \
+  --train "$TRAIN_FILE" --val "$VAL_FILE" --model "$MODEL_PATH" --train-batch "$TRAIN_BATCH_SIZE" --mini-batch "$MINI_BATCH_SIZE" \
+  --samples "$ROLLOUT_N" --gpus $((N_GPUS * NNODES)) --max-prompt "$MAX_PROMPT_LENGTH" --max-response "$MAX_RESPONSE_LENGTH" \
+  --tokens-per-gpu "$TOKENS_PER_GPU" 9>&-
 
 # --- what verl is told ---------------------------------------------------------------------------------------------
 DATA=(
