@@ -155,11 +155,11 @@ def evaluate(
         if file is not None and stale:
             print(f"{stale}; asking all again, the earlier answers are in {file.set_aside()}", file=sys.stderr)
         left = sum(key not in known for one, asked, _ in todo for key in _keys(one, asked))
+        if trail is not None:
+            trail.start(_answered(todo, known), asking=left > 0, afresh=fresh or stale != "")
         if left:
             max_images = max(question.n_images for question in questions)
             engine = _start(model, engine_options, max_images, base_url, concurrency, file)
-        if trail is not None:
-            trail.start(_answered(todo, known), asking=left > 0, afresh=fresh or stale != "")
         with tqdm(total=left, unit="answer", desc="evaluate", disable=not left) as progress:
             for one, asked, about_pass in todo:
                 progress.set_postfix_str(f"{one.control}, {one.decoding.name}")

@@ -21,6 +21,7 @@ pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
 from medr1_verl import cpu, processes
+from medr1_verl.audit.verify import verify
 from medr1_verl.evaluation.predictions import read_rows
 from medr1_verl.guards import PEARSON
 from medr1_verl.run_folder import read_metrics, whole_checkpoint
@@ -263,6 +264,9 @@ def test_the_outputs_are_where_they_are_promised(job):
         "report.html",
     ):
         assert (job.run / name).exists(), name
+    log = verify(job.run / "audit.jsonl")
+    assert log.good
+    assert log.answers == len(list(read_rows(job.run / "predictions.jsonl")))
     assert "Held-out accuracy" in job.output
 
 
