@@ -42,7 +42,7 @@ class _StoredImages:
     def read(self, record: dict[str, Any]) -> bytes:
         if record["shard"] != self._shard:
             self.close()
-            self._stream = open(self.folder / f"{record['shard']:06d}.bin", "rb")  # noqa: SIM115 - closed in close()
+            self._stream = open(self.folder / f"{record['shard']:06d}.bin", "rb", buffering=0)  # noqa: SIM115 - closed in close()
             self._shard = record["shard"]
         self._stream.seek(record["offset"])
         data = self._stream.read(record["length"])
