@@ -12,8 +12,8 @@ lint:
 types:
 	$(PYTHON) -m mypy
 
-unit:  ## under a minute, no engine started
-	$(PYTHON) -m pytest -m "not e2e"
+unit:  ## under a minute: neither torch nor an engine
+	$(PYTHON) -m pytest -m "not e2e and not heavy"
 
 test:  ## everything, with the real trainer and engine on the CPU
 	$(PYTHON) -m pytest

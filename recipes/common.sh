@@ -48,13 +48,13 @@ install_with_progress() {
 }
 
 # Sets PYTHON to an interpreter that has verl, the engine and this package; makes one where there is none.
-#   $PYTHON if set; else an active environment that has verl; else .venv-gpu or .venv-cpu in the repository.
+#   $PYTHON if set; else an active environment that has verl (OWN_VENV=1: not that one); else .venv-gpu or .venv-cpu here.
 choose_python() {
   local venv="${MEDR1_VENV:-$ROOT/.venv-$PROFILE}" stamp extra="${1:-$PROFILE}"
   if [[ -n "${PYTHON:-}" ]]; then
     "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("verl") is None)' 2>/dev/null \
       || die "PYTHON=$PYTHON cannot import verl; install it there (pip install '$ROOT[$PROFILE]') or unset PYTHON"
-  elif python3 -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("verl", "vllm", "ray")))' 2>/dev/null; then
+  elif [[ -z "${OWN_VENV:-}" ]] && python3 -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("verl", "vllm", "ray")))' 2>/dev/null; then
     PYTHON="$(command -v python3)"
   else
     # The stamp names what was installed: a half-made environment, or one of older pins, is made again.
@@ -63,7 +63,7 @@ choose_python() {
       local base="${BASE_PYTHON:-python3}"
       "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
         || die "$base is not Python 3.10, 3.11 or 3.12; set BASE_PYTHON to one that is"
-      say "No Python with verl here: making $venv (once; a few minutes and 4 GB)"
+      say "Setting up $venv with the extras $extra (once; a few minutes and 4 GB)"
       "$base" -m venv "$venv" || die "cannot make a virtual environment in $venv (Debian: apt-get install python3-venv)"
       install_with_progress "$venv" "$extra"
       touch "$stamp"
@@ -79,5 +79,6 @@ choose_python() {
       < <("$PYTHON" -c 'from medr1_verl import cpu; print("\n".join(f"{k}={v}" for k, v in cpu.environ().items()))')
   fi
   # verl's entry-point loading hides failures; named here, a plugin that cannot register stops the run.
-  export VERL_USE_EXTERNAL_MODULES="${VERL_USE_EXTERNAL_MODULES:+$VERL_USE_EXTERNAL_MODULES,}medr1_verl.plugin"
+  [[ ",${VERL_USE_EXTERNAL_MODULES:-}," == *,medr1_verl.plugin,* ]] \
+    || export VERL_USE_EXTERNAL_MODULES="${VERL_USE_EXTERNAL_MODULES:+$VERL_USE_EXTERNAL_MODULES,}medr1_verl.plugin"
 }

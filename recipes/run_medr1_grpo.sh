@@ -49,7 +49,7 @@ if [[ -n "$EMBEDDED" ]]; then
   TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-8}"   # prompts a step
   TOTAL_STEPS="${TOTAL_STEPS:-20}"
   ROLLOUT_N="${ROLLOUT_N:-4}"                 # answers a prompt: the group of GRPO
-  LR="${LR:-3e-4}"
+  LR="${LR:-1e-4}"
   KL_COEF="${KL_COEF:-0.001}"
   MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-320}"
   MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-40}"

@@ -6,9 +6,8 @@ set -euo pipefail
 export PROFILE=cpu
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes/common.sh"
 cd "$ROOT"
-unset PYTHON # a private environment: the tests need the development tools as well
-export MEDR1_VENV="${MEDR1_VENV:-$ROOT/.venv-cpu}" OWN_ENVIRONMENT=1
-choose_python "cpu,report,dev"
+export OWN_VENV=1 # the tests need the development tools too
+choose_python "cpu,report,dicom,dev"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
