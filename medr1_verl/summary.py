@@ -204,6 +204,17 @@ def draw_curves(run_dir: Path) -> Path | None:
     return path
 
 
+def resolve_config(run_dir: Path) -> None:
+    """``config.yaml``: what hydra composed for verl, with every reference in it resolved."""
+    composed = run_dir / "config" / "config.yaml"
+    if composed.is_file():
+        from omegaconf import OmegaConf
+
+        config = OmegaConf.load(composed)
+        OmegaConf.resolve(config)
+        OmegaConf.save(config, run_dir / "config.yaml")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medr1_verl.summary", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run_dir", type=Path)
@@ -213,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     summary = summarize(args.run_dir, args.model, args.seed, args.before)
     draw_curves(args.run_dir)
+    resolve_config(args.run_dir)
     partial = args.run_dir / "summary.json.partial"
     partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     partial.rename(args.run_dir / "summary.json")

@@ -149,6 +149,7 @@ def test_reward_parts_are_logged_at_every_step(job):
     for step, metrics in read_metrics(job.run).items():
         if step:
             assert 0 <= metrics["reward/all/format"] <= 1
+            assert metrics["reward/all/score"] == pytest.approx(metrics["critic/score/mean"], abs=1e-6)
             assert 0 <= metrics["reward/all/acc"] <= 1
 
 
