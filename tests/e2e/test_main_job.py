@@ -256,7 +256,7 @@ def test_the_outputs_are_where_they_are_promised(job):
     assert [key for key in SUMMARY_KEYS if summary[key] is None] == []
     assert summary["steps"] == STEPS
     for name in (
-        "config/config.yaml",
+        "config.yaml",
         "metrics.jsonl",
         "checkpoints",
         "model/config.json",
