@@ -11,4 +11,4 @@ choose_python "cpu,report,dicom,dev"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest --durations=12 "$@"
