@@ -11,4 +11,5 @@ choose_python "cpu,report,dicom,dev"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+unset VERL_USE_EXTERNAL_MODULES # for recipes; here it would patch verl before a test can look at it as it is
 "$PYTHON" -m pytest --durations=12 "$@"

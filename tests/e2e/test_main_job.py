@@ -301,11 +301,21 @@ def test_a_dead_engine_ends_the_run_and_ctrl_c_ends_its_resumption(prepared):
 
     done = len(read_metrics(run))
     second = subprocess.Popen(
-        RECIPE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        RECIPE,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background, Ctrl-C is ignored, and that would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     _wait_for(run, second, lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) > done, 400)
     os.killpg(second.pid, signal.SIGINT)
-    output, _ = second.communicate(timeout=60)
+    try:
+        output, _ = second.communicate(timeout=60)
+    finally:
+        os.killpg(second.pid, signal.SIGTERM) if second.poll() is None else None
     assert "going on from step" in output
     assert second.returncode == 130
     assert processes.marked(run.resolve()) == []

@@ -284,7 +284,9 @@ def test_ray_leftovers(monkeypatch, tmp_path):
 @contextlib.contextmanager
 def named(title: str, *arguments: str, **environ: str):
     """A process that calls itself ``title``."""
-    command = ["bash", "-c", f'exec -a {title} python3 -c "import time; time.sleep(60)" "$@"', "-", *arguments]
+    # Not "python3": behind that name there may be a shell script, which does not keep the title.
+    code = f'exec -a {title} "{sys.executable}" -c "import time; time.sleep(60)" "$@"'
+    command = ["bash", "-c", code, "-", *arguments]
     process = subprocess.Popen(command, env=os.environ | environ)
     try:
         deadline = time.monotonic() + 20  # bash takes its new name a moment later
