@@ -188,7 +188,8 @@ class _VitalSigns:
                 match = _VITAL.search(processes.title(pid))
                 if match:
                     self._known[pid] = next(filter(None, match.groups()))
-        gone = {pid: name for pid, name in self._known.items() if pid not in set(living)}
+        present = set(living)
+        gone = {pid: name for pid, name in self._known.items() if pid not in present}
         if len(gone) == 1 or (gone and not any(name in self.FRAME for name in gone.values())):
             pid, name = next(iter(gone.items()))
             return f"{name} (process {pid})"

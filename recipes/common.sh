@@ -20,6 +20,11 @@ require_one_of() {
   die "$name=$value is not one of: $*"
 }
 
+# require_run_name: RUN_NAME can be a folder's name and a hydra value as it is.
+require_run_name() {
+  [[ "$RUN_NAME" =~ ^[A-Za-z0-9._-]+$ ]] || die "RUN_NAME=$RUN_NAME may have letters, digits, '.', '_' and '-' only"
+}
+
 # Number of GPUs that the driver lists here. (Counted to the end: with pipefail, grep -q would break the pipe.)
 count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
 

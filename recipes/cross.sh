@@ -23,7 +23,7 @@ DRY_RUN="${DRY_RUN:-}"                        # 1: print the plan and what it co
 
 require_one_of METHOD grpo sft
 [[ -z "$STYLE" ]] || require_one_of STYLE think no-think think-after
-[[ "$RUN_NAME" =~ ^[A-Za-z0-9._-]+$ ]] || die "RUN_NAME=$RUN_NAME may have letters, digits, '.', '_' and '-' only"
+require_run_name
 require_integer SEED 0
 require_integer PARALLEL 1
 require_integer NNODES 1

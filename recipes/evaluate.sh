@@ -33,7 +33,7 @@ if [[ -z "$RUN_NAME" ]]; then
   [[ "$RUN_NAME" == model && -d "$MODEL_PATH" ]] && RUN_NAME="$(basename "$(dirname "$(cd "$MODEL_PATH" && pwd)")")"
   RUN_NAME="eval-$RUN_NAME"
 fi
-[[ "$RUN_NAME" =~ ^[A-Za-z0-9._-]+$ ]] || die "RUN_NAME=$RUN_NAME may have letters, digits, '.', '_' and '-' only"
+require_run_name
 require_integer SEED 0
 require_integer MAX_RESPONSE_LENGTH 1
 require_integer N_GPUS 1

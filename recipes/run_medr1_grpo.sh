@@ -29,7 +29,7 @@ EMBEDDED="${EMBEDDED:-}"                      # 1: the embedded default (drawn i
 require_one_of RESUME auto disable
 require_one_of GUARD stop warn off
 [[ -z "$STYLE" ]] || require_one_of STYLE think no-think think-after
-[[ "$RUN_NAME" =~ ^[A-Za-z0-9._-]+$ ]] || die "RUN_NAME=$RUN_NAME may have letters, digits, '.', '_' and '-' only"
+require_run_name
 require_integer SEED 0
 require_integer NNODES 1
 [[ "$PROFILE" == cpu && -z "$DATA_DIR$MODEL_PATH" ]] && EMBEDDED=1

@@ -28,7 +28,7 @@ DRY_RUN="${DRY_RUN:-}"                        # 1: print verl's command line, on
 EMBEDDED="${EMBEDDED:-}"                      # 1: the embedded default (drawn images, tiny model), on a GPU too
 
 [[ -z "$STYLE" ]] || require_one_of STYLE think no-think think-after
-[[ "$RUN_NAME" =~ ^[A-Za-z0-9._-]+$ ]] || die "RUN_NAME=$RUN_NAME may have letters, digits, '.', '_' and '-' only"
+require_run_name
 require_integer SEED 0
 require_one_of SHUFFLE_IMAGES 0 1
 require_one_of EVALUATE 0 1
