@@ -1,4 +1,4 @@
-# Sourced by every recipe: messages, the profile (gpu or cpu), the Python environment, the CPU platform.
+# Sourced by every recipe: messages, the profile (gpu or cpu), data and model, the Python environment, the CPU platform.
 # shellcheck shell=bash
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -86,4 +86,46 @@ choose_python() {
   # verl's entry-point loading hides failures; named here, a plugin that cannot register stops the run.
   [[ ",${VERL_USE_EXTERNAL_MODULES:-}," == *,medr1_verl.plugin,* ]] \
     || export VERL_USE_EXTERNAL_MODULES="${VERL_USE_EXTERNAL_MODULES:+$VERL_USE_EXTERNAL_MODULES,}medr1_verl.plugin"
+}
+
+# Data and model where they are not named. Without a GPU and with neither named it is the embedded default (EMBEDDED=1);
+# with a GPU nothing is guessed: the commands that get the data are told.
+choose_data_and_model() {
+  if [[ "$PROFILE" == cpu && -z "$DATA_DIR$MODEL_PATH" ]]; then EMBEDDED=1; fi
+  [[ -z "$EMBEDDED" ]] || return 0
+  [[ -n "$DATA_DIR" ]] || die "DATA_DIR is not set. Unpack OmniMedVQA, then
+  python data_prep/omnimedvqa_to_parquet.py --input OmniMedVQA --output data/omnimedvqa
+  DATA_DIR=data/omnimedvqa bash recipes/$(basename "$0")
+or see the whole thing run with drawn images and a tiny model:  EMBEDDED=1 bash recipes/$(basename "$0")"
+  [[ "$PROFILE" == gpu || -n "$MODEL_PATH" ]] || die "DATA_DIR is set but MODEL_PATH is not: on a CPU, name a model that a CPU can train"
+  MODEL_PATH="${MODEL_PATH:-Qwen/Qwen2-VL-2B-Instruct}"
+}
+
+# hold_run_name DIR: no other run of this name from here on. The lock is file 9 of this shell and ends with it; what
+# the recipe starts is started with 9>&-, so that a process left behind does not keep the name.
+hold_run_name() {
+  mkdir -p "$RUNS_DIR" 2>/dev/null && exec 9>>"$RUNS_DIR/.$RUN_NAME.lock" \
+    || die "cannot write to RUNS_DIR=$RUNS_DIR; set it to a folder that can be written"
+  flock -n 9 || die "$1 is in use by another run; wait for it or set RUN_NAME"
+}
+
+# The embedded default: drawn images, converted like any data set, and a tiny Qwen2-VL. Sets embedded to their folder.
+prepare_embedded() {
+  say "Embedded default: drawn images of 8 modalities and a tiny Qwen2-VL (made once, then kept)"
+  embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" 9>&-)"
+  DATA_DIR="${DATA_DIR:-$embedded/data}"
+  MODEL_PATH="${MODEL_PATH:-$embedded/model}"
+}
+
+# choose_attention PREFIX: attention, padding and gradient checkpointing, added to MODEL under this prefix of verl's keys.
+choose_attention() {
+  if [[ "$PROFILE" == gpu ]] && "$PYTHON" -c 'import flash_attn' 2>/dev/null; then
+    MODEL+=("$1.use_remove_padding=True")
+  else
+    # flash-attn mostly has to be compiled; without it padding stays in the batch, which costs time, not accuracy.
+    [[ "$PROFILE" == cpu ]] || say "flash-attn is not installed: using sdpa with padded batches" >&2
+    MODEL+=("$1.use_remove_padding=False" "+$1.override_config.attn_implementation=sdpa")
+  fi
+  # Activations are computed again in the backward pass: a third more time, a fraction of the memory.
+  if [[ "$PROFILE" == gpu ]]; then MODEL+=("$1.enable_gradient_checkpointing=True"); else MODEL+=("$1.enable_gradient_checkpointing=False"); fi
 }

@@ -37,11 +37,8 @@ else
   (( PARALLEL == 1 )) || die "PARALLEL=$PARALLEL: without GPUs one run at a time takes the whole machine"
   N_GPUS="${N_GPUS:-1}"
 fi
-[[ "$PROFILE" == cpu && -z "$DATA_DIR$MODEL_PATH" ]] && EMBEDDED=1
+choose_data_and_model
 if [[ -z "$EMBEDDED" ]]; then
-  [[ -n "$DATA_DIR" ]] || die "DATA_DIR is not set; give the folder that data_prep/omnimedvqa_to_parquet.py wrote (EMBEDDED=1: drawn images)"
-  [[ "$PROFILE" == gpu || -n "$MODEL_PATH" ]] || die "DATA_DIR is set but MODEL_PATH is not: on a CPU, name a model that a CPU can train"
-  MODEL_PATH="${MODEL_PATH:-Qwen/Qwen2-VL-2B-Instruct}"
   export MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-256}"
   if [[ "$METHOD" == grpo ]]; then export TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-4}" ROLLOUT_N="${ROLLOUT_N:-4}"; else export TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-128}"; fi
 else
@@ -56,18 +53,11 @@ export TOTAL_EPOCHS="${TOTAL_EPOCHS:-1}" STYLE SEED N_GPUS NNODES
 
 choose_python "$PROFILE,report"
 DIR="$RUNS_DIR/$RUN_NAME"
-mkdir -p "$RUNS_DIR" 2>/dev/null && exec 8>>"$RUNS_DIR/.$RUN_NAME.lock" \
-  || die "cannot write to RUNS_DIR=$RUNS_DIR; set it to a folder that can be written"
-flock -n 8 || die "$DIR is in use by another run; wait for it or set RUN_NAME"
-if [[ -n "$EMBEDDED" ]]; then
-  say "Embedded default: drawn images of 8 modalities and a tiny Qwen2-VL (made once, then kept)"
-  embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" 8>&-)"
-  DATA_DIR="${DATA_DIR:-$embedded/data}"
-  MODEL_PATH="${MODEL_PATH:-$embedded/model}"
-fi
+hold_run_name "$DIR"
+[[ -z "$EMBEDDED" ]] || prepare_embedded
 
 # --- the plan ----------------------------------------------------------------------------------------------------
-slices="$("$PYTHON" -m medr1_verl.slices --data "$DATA_DIR" --output "$DIR/data" --by "$BY" 8>&-)"
+slices="$("$PYTHON" -m medr1_verl.slices --data "$DATA_DIR" --output "$DIR/data" --by "$BY" 9>&-)"
 declare -A train_rows=()
 trained=()
 test_rows=0
@@ -150,12 +140,12 @@ lane() { # number: every PARALLEL-th slice, on this lane's GPUs
 lanes=()
 trap 'for pid in "${lanes[@]-}"; do kill "$pid" 2>/dev/null || true; done' EXIT
 for (( number = 0; number < PARALLEL; number++ )); do
-  if (( PARALLEL == 1 )); then lane 0 8>&- || failed=1; else lane "$number" 8>&- & lanes+=($!); fi
+  if (( PARALLEL == 1 )); then lane 0 9>&- || failed=1; else lane "$number" 9>&- & lanes+=($!); fi
 done
 for pid in "${lanes[@]-}"; do [[ -z "$pid" ]] || wait "$pid" || failed=1; done
 lanes=()
 [[ -z "${failed:-}" ]] || die "some runs failed, see above; the same command goes on with what is missing"
 
 say "Tables"
-"$PYTHON" -m medr1_verl.cli tables "$DIR/base" "${trained[@]/#/$DIR/$METHOD-}" --base base --train "$DIR/data" --output "$DIR/tables" 8>&- | tail -n 1
+"$PYTHON" -m medr1_verl.cli tables "$DIR/base" "${trained[@]/#/$DIR/$METHOD-}" --base base --train "$DIR/data" --output "$DIR/tables" 9>&- | tail -n 1
 say "Done: $DIR/tables/tables.md"

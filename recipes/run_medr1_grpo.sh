@@ -32,17 +32,7 @@ require_one_of GUARD stop warn off
 require_run_name
 require_integer SEED 0
 require_integer NNODES 1
-[[ "$PROFILE" == cpu && -z "$DATA_DIR$MODEL_PATH" ]] && EMBEDDED=1
-if [[ -z "$EMBEDDED" ]]; then
-  if [[ -z "$DATA_DIR" ]]; then
-    die "DATA_DIR is not set. Unpack OmniMedVQA, then
-  python data_prep/omnimedvqa_to_parquet.py --input OmniMedVQA --output data/omnimedvqa
-  DATA_DIR=data/omnimedvqa bash recipes/run_medr1_grpo.sh
-or see the whole thing run with drawn images and a tiny model:  EMBEDDED=1 bash recipes/run_medr1_grpo.sh"
-  fi
-  [[ "$PROFILE" == gpu || -n "$MODEL_PATH" ]] || die "DATA_DIR is set but MODEL_PATH is not: on a CPU, name a model that a CPU can train"
-  MODEL_PATH="${MODEL_PATH:-Qwen/Qwen2-VL-2B-Instruct}"
-fi
+choose_data_and_model
 
 # --- how to train ------------------------------------------------------------------------------------------------
 if [[ -n "$EMBEDDED" ]]; then
@@ -93,17 +83,8 @@ fi
 
 choose_python "$PROFILE,report"
 RUN_DIR="$RUNS_DIR/$RUN_NAME"
-mkdir -p "$RUNS_DIR" 2>/dev/null && exec 9>>"$RUNS_DIR/.$RUN_NAME.lock" \
-  || die "cannot write to RUNS_DIR=$RUNS_DIR; set it to a folder that can be written"
-flock -n 9 || die "$RUN_DIR is in use by another run; wait for it or set RUN_NAME"
-
-# --- the embedded default: drawn images, converted like any data set, and a tiny Qwen2-VL ------------------------
-if [[ -n "$EMBEDDED" && -z "$DRY_RUN" ]]; then
-  say "Embedded default: drawn images of 8 modalities and a tiny Qwen2-VL (made once, then kept)"
-  embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" 9>&-)"
-  DATA_DIR="${DATA_DIR:-$embedded/data}"
-  MODEL_PATH="${MODEL_PATH:-$embedded/model}"
-fi
+hold_run_name "$RUN_DIR"
+[[ -z "$EMBEDDED" || -n "$DRY_RUN" ]] || prepare_embedded
 TRAIN_FILE="$DATA_DIR/train.parquet"
 VAL_FILE="$DATA_DIR/test.parquet"
 
@@ -126,9 +107,8 @@ DATA=(
   data.filter_overlong_prompts=False  # the filter drops a row on any exception, without a count
   data.truncation=error
 )
-MODEL=(
-  actor_rollout_ref.model.path="$MODEL_PATH"
-)
+MODEL=(actor_rollout_ref.model.path="$MODEL_PATH")
+choose_attention actor_rollout_ref.model
 ACTOR=(
   actor_rollout_ref.actor.strategy=fsdp2
   actor_rollout_ref.actor.optim.lr="$LR"
@@ -188,14 +168,6 @@ TRAINER=(
 }
 
 if [[ "$PROFILE" == gpu ]]; then
-  if "$PYTHON" -c 'import flash_attn' 2>/dev/null; then
-    MODEL+=(actor_rollout_ref.model.use_remove_padding=True)
-  else
-    # flash-attn mostly has to be compiled; without it padding stays in the batch, which costs time, not accuracy.
-    say "flash-attn is not installed: using sdpa with padded batches"
-    MODEL+=(actor_rollout_ref.model.use_remove_padding=False +actor_rollout_ref.model.override_config.attn_implementation=sdpa)
-  fi
-  MODEL+=(actor_rollout_ref.model.enable_gradient_checkpointing=True)
   ACTOR+=(actor_rollout_ref.ref.fsdp_config.param_offload=True)
   ROLLOUT+=(
     actor_rollout_ref.rollout.gpu_memory_utilization="${GPU_MEMORY_UTILIZATION:-0.6}"
@@ -206,11 +178,6 @@ if [[ "$PROFILE" == gpu ]]; then
   )
 else
   # Everything the CPU needs and a GPU does not. The rest of the CPU platform is in medr1_verl/cpu.
-  MODEL+=(
-    actor_rollout_ref.model.use_remove_padding=False
-    actor_rollout_ref.model.enable_gradient_checkpointing=False
-    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
-  )
   ACTOR+=(
     actor_rollout_ref.actor.fsdp_config.model_dtype=fp32
     actor_rollout_ref.actor.fsdp_config.dtype=float32           # bf16 autocast is no faster here, and less exact

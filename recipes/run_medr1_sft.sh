@@ -33,11 +33,8 @@ require_integer SEED 0
 require_one_of SHUFFLE_IMAGES 0 1
 require_one_of EVALUATE 0 1
 [[ "$NNODES" == 1 ]] || die "NNODES=$NNODES: this recipe trains on one node; DRY_RUN=1 prints the arguments for your own torchrun"
-[[ "$PROFILE" == cpu && -z "$DATA_DIR$MODEL_PATH" ]] && EMBEDDED=1
+choose_data_and_model
 if [[ -z "$EMBEDDED" ]]; then
-  [[ -n "$DATA_DIR" ]] || die "DATA_DIR is not set; give the folder that data_prep/omnimedvqa_to_parquet.py wrote (EMBEDDED=1: drawn images)"
-  [[ "$PROFILE" == gpu || -n "$MODEL_PATH" ]] || die "DATA_DIR is set but MODEL_PATH is not: on a CPU, name a model that a CPU can train"
-  MODEL_PATH="${MODEL_PATH:-Qwen/Qwen2-VL-2B-Instruct}"
   # The released baseline's settings: learning rate 2e-5, cosine, a tenth of it warm-up, one epoch, batches of 128.
   TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-128}"
   LR="${LR:-2e-5}"
@@ -62,18 +59,11 @@ require_integer N_GPUS 1
 
 choose_python "$PROFILE,report"
 RUN_DIR="$RUNS_DIR/$RUN_NAME"
-mkdir -p "$RUNS_DIR" 2>/dev/null && exec 9>>"$RUNS_DIR/.$RUN_NAME.lock" \
-  || die "cannot write to RUNS_DIR=$RUNS_DIR; set it to a folder that can be written"
-flock -n 9 || die "$RUN_DIR is in use by another run; wait for it or set RUN_NAME"
-
-if [[ -n "$EMBEDDED" && -z "$DRY_RUN" ]]; then
-  say "Embedded default: drawn images of 8 modalities and a tiny Qwen2-VL (made once, then kept)"
-  embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" 9>&-)"
-  DATA_DIR="${DATA_DIR:-$embedded/data}"
-  MODEL_PATH="${MODEL_PATH:-$embedded/model}"
-fi
+hold_run_name "$RUN_DIR"
+[[ -z "$EMBEDDED" || -n "$DRY_RUN" ]] || prepare_embedded
 
 MODEL=(model.path="$MODEL_PATH")
+choose_attention model
 ENGINE=(
   engine.strategy=fsdp2
   engine.seed="$SEED"
@@ -106,15 +96,7 @@ TRAINER=(
   trainer.resume_mode=auto
 )
 [[ -z "$TOTAL_STEPS" ]] || TRAINER+=(trainer.total_training_steps="$TOTAL_STEPS" trainer.total_epochs=1000)
-if [[ "$PROFILE" == gpu ]]; then
-  if "$PYTHON" -c 'import flash_attn' 2>/dev/null; then
-    MODEL+=(model.use_remove_padding=True)
-  else
-    MODEL+=(model.use_remove_padding=False +model.override_config.attn_implementation=sdpa)
-  fi
-  MODEL+=(model.enable_gradient_checkpointing=True)
-else
-  MODEL+=(model.use_remove_padding=False model.enable_gradient_checkpointing=False +model.override_config.attn_implementation=sdpa)
+if [[ "$PROFILE" == cpu ]]; then
   ENGINE+=(engine.dtype=float32 engine.use_torch_compile=False)
   DATA+=(data.num_workers=0)
   TRAINER+=(trainer.device=cpu)

@@ -114,8 +114,14 @@ def test_a_bad_variable_is_one_clear_line(setting, tmp_path):
     assert not list((tmp_path / "runs").glob("*")) or setting.startswith("PYTHON")
 
 
-def test_a_gpu_without_data_is_told_how_to_get_it(tmp_path):
-    done = recipe("run_medr1_grpo.sh", tmp_path, {}, 1)
+@pytest.mark.parametrize(
+    "name", ["run_medr1_grpo.sh", "run_medr1_sft.sh", "run_cross_modality.sh", "run_cross_task.sh"]
+)
+def test_a_gpu_without_data_is_told_how_to_get_it(name, tmp_path):
+    """Nothing is guessed: the commands that get and convert the data, and the embedded default on this GPU instead."""
+    done = recipe(name, tmp_path, {}, 1)
     assert done.returncode == 2
-    assert "data_prep/omnimedvqa_to_parquet.py" in done.stderr
-    assert "EMBEDDED=1" in done.stderr
+    assert "python data_prep/omnimedvqa_to_parquet.py --input OmniMedVQA --output data/omnimedvqa" in done.stderr
+    assert f"DATA_DIR=data/omnimedvqa bash recipes/{name}" in done.stderr
+    assert f"EMBEDDED=1 bash recipes/{name}" in done.stderr
+    assert not (tmp_path / "runs").exists()
