@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +173,24 @@ def as_text(answer: dict[str, Any]) -> str:
 
 
 def _serve(asker: Asker, style: str, size: int, port: int) -> None:
-    """A page on localhost, by Gradio: image, question, options, answer. Ends with Ctrl-C."""
-    try:
+    """A page on localhost, by Gradio: image, question, options, answer. Ends with Ctrl-C.
+
+    Gradio keeps what is uploaded as files; they are in a folder that goes when the page ends.
+    """
+    with tempfile.TemporaryDirectory(prefix="medr1-ask-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
         import gradio
-    except ImportError as error:
-        raise UserError("the page needs the library gradio: pip install 'medr1-verl[serve]'") from error
-    with build_page(asker, style, size) as page:
+
+        page = build_page(asker, style, size)
         try:
-            page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True)
+            page.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=MAX_BYTES,
+            )
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error}); give another --port") from error
         print(f"http://127.0.0.1:{port} on this machine only; Ctrl-C ends it. {STATEMENT}", flush=True)
@@ -243,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     question = None
     template = load_template(args.template) if args.template else None
+    if args.serve and find_spec("gradio") is None:
+        raise UserError("the page needs the library gradio: pip install 'medr1-verl[serve]'")
     if not args.serve:
         if args.image is None or args.question is None:
             raise UserError('give an image and a question: medr1 ask --model M image.png "question" (or --serve)')

@@ -7,7 +7,7 @@ export PROFILE=cpu
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes/common.sh"
 cd "$ROOT"
 export OWN_VENV=1 # the tests need the development tools too
-choose_python "cpu,report,dicom,dev"
+choose_python "cpu,report,dicom,inspect,serve,dev"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

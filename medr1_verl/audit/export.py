@@ -178,10 +178,14 @@ def _inspect_sample(record: Mapping[str, Any], sample_id: str, epoch: int, image
         ContentImage,
         ContentText,
         ModelOutput,
+        ModelUsage,
     )
     from inspect_ai.scorer import Score
 
     options = record["options"] or []
+    name = record["context"].get("model", {}).get("name") or "unknown"
+    tokens = record["tokens"]
+    usage = None if tokens is None else ModelUsage(output_tokens=tokens, total_tokens=tokens)
     lines = [record["question"] or record.get("prompt") or ""]
     lines += [f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
     content: list[Content] = []
@@ -212,17 +216,19 @@ def _inspect_sample(record: Mapping[str, Any], sample_id: str, epoch: int, image
         target=record["answer"] or "",
         messages=[user, assistant],
         output=ModelOutput(
-            model=record["context"].get("model", {}).get("name") or "unknown",
+            model=name,
+            usage=usage,
             choices=[
                 ChatCompletionChoice(message=assistant, stop_reason="max_tokens" if record["truncated"] else "stop")
             ],
         ),
+        model_usage={} if usage is None else {name: usage},
         scores={
-            name: Score(value=value, answer=record["pred"] or None, explanation=explanation)
-            for name, value in record["score"].items()
+            part: Score(value=value, answer=record["pred"] or None, explanation=explanation)
+            for part, value in record["score"].items()
             if not isinstance(value, str)
         },
-        metadata={name: record[name] for name in kept},
+        metadata={key: record[key] for key in kept},
     )
 
 

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import socket
+import time
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -138,22 +142,67 @@ def test_broken_engine_leaves_an_unfinished_log(tmp_path, model, monkeypatch):
     assert [fault.code for fault in verify(tmp_path / "log.jsonl").faults] == ["incomplete"]
 
 
-def test_web_page(tmp_path, model):
-    """The page through Gradio's own client: an answer, a fault as a message, and the records of both."""
-    pytest.importorskip("gradio", reason="gradio is not installed")
+def test_web_page(tmp_path, model, monkeypatch, request, capsys):
+    """The page as a browser and as Gradio's own client see it: an answer, a fault as a message, the records of both
+    answers; nothing is asked of the network, and nothing that was uploaded is left.
+    """
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
     from gradio_client import Client, handle_file
 
-    asker = ask.Asker(model, tmp_path / "log.jsonl")
-    page = ask.build_page(asker, "think", 384)
-    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
-    try:
-        client = Client(url, verbose=False)
+    chromium = request.getfixturevalue("chromium")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    uploads = []
+
+    def visitors(page):
+        uploads.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        client = Client(address, verbose=False)
         image = handle_file(str(tmp_path / "image.png"))
         said, why, _ = client.predict(image, "Which color?", "red\nblue\n", api_name="/ask")
         assert (said, why) == ("B) blue", "blue\x1b[2J")
         with pytest.raises(Exception, match="the question is empty"):
             client.predict(image, "", "", api_name="/ask")
-    finally:
-        page.close()
-        asker.close()
-    assert verify(tmp_path / "log.jsonl").answers == 1
+        browse(chromium, address, tmp_path / "image.png")
+        raise KeyboardInterrupt  # how a person ends it
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", visitors)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # restored afterwards
+    arguments = ["ask", "--model", model, "--serve", "--port", str(port), "--audit", str(tmp_path / "log.jsonl")]
+    assert medr1(arguments) == 0
+    assert "on this machine only" in capsys.readouterr().out
+    assert verify(tmp_path / "log.jsonl").answers == 2
+    assert not uploads[0].exists()
+
+
+def browse(chromium, address, image):
+    chromium.get_log("performance")
+    chromium.get(address)
+    body = "return document.body.innerText"
+    until(lambda: "Drop Image Here" in chromium.execute_script(body))
+    assert "This is no medical device" in chromium.execute_script(body)
+    chromium.find_element("css selector", "input[type=file]").send_keys(str(image))
+    until(lambda: chromium.find_elements("css selector", "[data-testid=image] img, .image-frame img"))
+    question, options, answer, *_ = chromium.find_elements("css selector", "textarea")
+    question.send_keys("Which color?")
+    options.send_keys("red\nblue")
+    next(b for b in chromium.find_elements("css selector", "button") if b.text == "Ask").click()
+    until(lambda: answer.get_property("value") == "B) blue")
+    chromium.save_screenshot(str(Path(os.environ.get("MEDR1_SCREENSHOTS", image.parent)) / "ask.png"))
+    asked = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
+    assert {url for url in urls if not url.startswith((address, "data:", "blob:"))} == set()
+
+
+def until(ready):
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_page_without_gradio_is_one_line(model, monkeypatch, capsys):
+    monkeypatch.setattr(ask, "find_spec", lambda name: None)
+    assert medr1(["ask", "--model", model, "--serve"]) == 2
+    assert "pip install 'medr1-verl[serve]'" in capsys.readouterr().err

@@ -1,11 +1,16 @@
 """Logs of an evaluation, of predictions and of validation dumps; exports. The engine is a table of answers here."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import os
 import socket
 import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import jsonschema
@@ -370,3 +375,54 @@ def test_inspect_log(tmp_path, data, model, engine, capsys):
     assert [part.type for part in blank] == ["text", "text"], "an image that the model was not shown is not in the log"
     assert medr1(arguments) == 2
     assert "give an empty folder" in capsys.readouterr().err
+
+
+def test_inspects_own_viewer_opens_it(tmp_path, data, model, engine, chromium):
+    """The log in the list, its samples with their scores, and a sample with its question and the answer's own words."""
+    pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed")
+    log = tmp_path / "log.jsonl"
+    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
+    folder = tmp_path / "logs"
+    arguments = ["audit", "export", str(log), "--format", "inspect", "--output", str(folder), "--data", str(data)]
+    assert medr1(arguments) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "inspect_ai", "view", "start", "--log-dir", str(folder), "--port", str(port)]
+    with open(tmp_path / "viewer.log", "wb") as told:
+        viewer = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=told, stderr=told)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(lambda: urllib.request.urlopen(address, timeout=5).close() or True, viewer, tmp_path / "viewer.log")
+        for place, words in (
+            ("", ("medical_vqa none greedy", "tiny")),
+            ("#/logs/000.eval", ("test.parquet — 8 samples", "acc_tolerant", "Which one of 7?")),
+            ("#/logs/000.eval/samples/sample/q7/1/", ("Which one of 7?", "B) MRI", "so</think><answer>A</answer>")),
+        ):
+            chromium.get("about:blank")
+            chromium.get(f"{address}/{place}")
+            wait_for(
+                lambda words=words: all(word in visible(chromium) for word in words), viewer, lambda: visible(chromium)
+            )
+            shots = Path(os.environ.get("MEDR1_SCREENSHOTS", tmp_path))
+            chromium.save_screenshot(str(shots / f"inspect_{len(place)}.png"))
+        assert chromium.find_elements("css selector", "img[src^='data:image/png']"), "the picture of the question"
+    finally:
+        viewer.terminate()
+        viewer.wait(timeout=30)
+
+
+def visible(chromium):
+    return chromium.execute_script("return document.body.innerText")
+
+
+def wait_for(ready, viewer, told):
+    """Until ``ready`` is true; a minute at most."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if ready():
+                return
+        assert viewer.poll() is None, "the viewer ended"
+        time.sleep(0.2)
+    pytest.fail(told() if callable(told) else told.read_text())

@@ -27,10 +27,6 @@ EVIL = (
 OPTIONS = ["CT", "MRI", "OCT", "<b>X-Ray</b>"]
 ROWS = 130
 LONG = 1_000_000
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1400,1000"
-)
 
 
 def colour(number):
@@ -269,24 +265,6 @@ def test_answers_given_twice_are_refused(run, capsys):
 # --- in a real browser
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.binary_location = browser
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
-
-
 @pytest.fixture(scope="module", params=["embed", "files"])
 def opened(request, run, tmp_path_factory):
     """A page with images inside, and one with images beside it; the answer to q2 is a megabyte long."""
@@ -424,6 +402,45 @@ def test_a_megabyte_of_text(page):
     page.execute_script("document.querySelector('#detail pre + button').click()")
     assert page.execute_script(length) > LONG
     assert page.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_twenty_thousand_answers(chromium, tmp_path_factory):
+    """A run over a whole test set and a control of it: 20,000 answers to 10,000 questions, images in side files."""
+    root = tmp_path_factory.mktemp("large")
+    count = 10_000
+    rows = [
+        {
+            "images": [{"bytes": png(number % 200)}],
+            "extra_info": {
+                "question_id": f"q{number}",
+                "question": f"Which one is number {number}?",
+                "image_sha256": f"{number:064x}",
+            },
+        }
+        for number in range(count)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), root / "test.parquet")
+    answers = [prediction(number, control=control) for control in ("none", "blank") for number in range(count)]
+    write_lines(root / "predictions.jsonl", answers)
+    assert medr1(["report", str(root), "--data", str(root / "test.parquet"), "--images", "files"]) == 0
+    chromium.get((root / "report.html").as_uri())
+    assert chromium.execute_script("return document.documentElement.dataset.ready") == "1"
+    assert text(chromium, "count") == "10000 answers, page 1 of 100"
+    assert chromium.execute_script("return document.querySelectorAll('#list button').length") == 100, "one page of them"
+    choose(chromium, "modality", "mri")
+    choose(chromium, "verdict", "unparsed")
+    wanted = [n for n in range(count) if n % 2 and prediction(n)["pred"] == ""]
+    assert text(chromium, "count").startswith(f"{len(wanted)} answers")
+    chromium.find_element("tag name", "body").send_keys("n")
+    shown = chromium.execute_script(
+        "return [...document.querySelectorAll('#list button small')].map((e) => e.textContent.split(', ').at(-1))"
+    )
+    assert shown == [f"q{number}" for number in wanted[100:200]]
+    click_answer(chromium, shown[7])
+    assert shown_colours(chromium) == [56], "its picture, from the folder beside the page"
+    key = chromium.execute_script("return document.querySelector('#detail img').dataset.key")
+    assert key == hashlib.sha256(png(wanted[107] % 200)).hexdigest()[:24]
+    assert chromium.get_log("browser") == []
 
 
 def test_every_control_has_a_name_and_texts_contrast(page):
