@@ -12,7 +12,9 @@ Importing this package costs nothing: no torch, no verl, no vLLM. The modules ar
 * ``training_metrics``  parts of the reward at every training step
 * ``audit``     every answer in a log that shows changes; ``report``, ``cards``, ``ask`` and ``reasoning_quality`` make
   answers and their reasoning inspectable
-* ``plugin``    what verl loads by itself (entry point ``verl.plugins``)
+* ``plugin``    what verl loads by itself (entry point ``verl.plugins``); ``frozen_vision`` makes its dead key work
+* ``supervise`` runs the trainer under watch (``guards``, ``processes``); ``run_folder`` says what may be gone on with,
+  ``best_checkpoint`` keeps the best, ``merge`` makes a checkpoint one model, ``summary`` sums the run up
 * ``cpu``       the platform that lets verl's own trainer and vLLM run without a GPU
 * ``doctor``    whether a machine can run the recipes, by ``memory`` (GPU memory, calculated), ``versions`` (what
   goes together) and ``old_keys`` (settings that verl ignores); ``preflight`` refuses what cannot run, with

@@ -5,7 +5,7 @@
 These are calculated figures, not measured ones. They follow verl 0.9.1's FSDP2 engine
 (``workers/engine/fsdp/transformer_impl.py``) with the recipe's settings, one GPU at a time:
 
-* **weights** fp32, sharded over all GPUs: 4 bytes a parameter. With LoRA the frozen base may be bf16: 2 bytes.
+* **weights** fp32, sharded over all GPUs: 4 bytes a parameter. With LoRA they may be bf16 (``MODEL_DTYPE``): 2 bytes.
 * **gradients and Adam's two moments** fp32, sharded: 4 + 8 bytes a trained parameter.
 * **gathered** FSDP2 gathers a layer at a time in bf16, and holds the root (token embedding, output layer) gathered
   from forward to backward; its gradient is reduced in fp32.
@@ -229,7 +229,8 @@ class Plan:
     tensor_parallel: int = 1
     offload: bool = False  # weights, gradients and optimizer in host memory while vLLM samples
     remove_padding: bool = True  # flash-attn is there
-    lora_rank: int = 0  # 0: full fine-tuning. With LoRA, the base in bf16
+    lora_rank: int = 0  # 0: full fine-tuning
+    bf16: bool = False  # of a LoRA run: base, adapters and their optimizer
     train_vision: bool = True
     gpus_per_node: int = 8
 
@@ -289,8 +290,7 @@ def need(shape: Shape, plan: Plan) -> Need:
     """What the run takes of each GPU. The terms are explained in the module's text."""
     trained = trained_parameters(shape, plan)
     shards = plan.gpus
-    # LoRA in verl's vLLM path asks for one dtype for base and adapter: the recipe's choice is bf16.
-    width = 2 if plan.lora_rank else 4
+    width = 2 if plan.lora_rank and plan.bf16 else 4  # verl gives base and adapters one dtype
     weights = (shape.parameters + (trained if plan.lora_rank else 0)) * width / shards
     gradients = trained * width / shards
     optimizer = 2 * trained * width / shards
@@ -352,16 +352,15 @@ OFFLOAD = (
     "actor_rollout_ref.actor.fsdp_config.param_offload=True",
     "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
 )
-LORA = (
-    "actor_rollout_ref.model.lora_rank={rank}",
-    "actor_rollout_ref.model.exclude_modules='.*visual.*'",
-    "actor_rollout_ref.actor.fsdp_config.model_dtype=bf16",
-)
 
 
 def settings(plan: Plan, base: Plan) -> list[str]:
     """What to set so that ``base`` becomes ``plan``: the recipe's variables, then arguments for hydra."""
     changes: list[str] = []
+    if plan.lora_rank != base.lora_rank:
+        changes.append(f"LORA_RANK={plan.lora_rank}")
+    if plan.bf16 and not base.bf16:
+        changes.append("MODEL_DTYPE=bf16")
     if plan.gpus != base.gpus:
         nodes = max(1, plan.gpus // plan.gpus_per_node)
         changes += [f"N_GPUS={plan.gpus // nodes}"] + ([f"NNODES={nodes}"] if nodes > 1 else [])
@@ -374,8 +373,6 @@ def settings(plan: Plan, base: Plan) -> list[str]:
             changes.append(f"{name}={getattr(plan, field):g}")
     if plan.offload and not base.offload:
         changes += OFFLOAD
-    if plan.lora_rank and not base.lora_rank:
-        changes += [line.format(rank=plan.lora_rank) for line in LORA]
     return changes
 
 
@@ -388,7 +385,7 @@ def _variants(heads: int, base: Plan, more_gpus: bool) -> Iterator[Plan]:
     shares = [base.utilization, *(u for u in (0.5, 0.4, 0.3) if u < base.utilization)]
     shares += [u for u in (0.7, 0.8) if u > base.utilization]
     for count in counts:
-        for lora in dict.fromkeys((base.lora_rank, base.lora_rank or 32)):
+        for lora, bf16 in dict.fromkeys(((base.lora_rank, base.bf16), (base.lora_rank or 32, True))):
             for offload in dict.fromkeys((base.offload, True)):
                 parallel = [p for p in (2, 4, 8) if p > base.tensor_parallel and heads % p == 0 == count % p]
                 for tensor_parallel in (base.tensor_parallel, *parallel):
@@ -398,6 +395,7 @@ def _variants(heads: int, base: Plan, more_gpus: bool) -> Iterator[Plan]:
                                 base,
                                 gpus=count,
                                 lora_rank=lora,
+                                bf16=bf16,
                                 offload=offload,
                                 tensor_parallel=tensor_parallel,
                                 utilization=share,

@@ -53,11 +53,16 @@ RENAMED = {
 _NEW_DEFAULTS = {"reward_model.enable": "false", "reward_model.reward_manager": "naive"}
 
 # Keys that verl 0.9 still has and reads nowhere, or that newer engines refuse.
+# Each with why, and what to do.
 DEAD = {
-    "actor_rollout_ref.actor.freeze_vision_tower": "read nowhere since verl 0.8, the vision tower is trained all the "
-    "same",
-    "actor_rollout_ref.rollout.engine_kwargs.vllm.disable_mm_preprocessor_cache": "gone from vLLM; verl 0.9 sets what "
-    "is needed by itself",
+    "actor_rollout_ref.actor.freeze_vision_tower": (
+        "read nowhere since verl 0.8, the vision tower is trained all the same; medr1_verl.plugin obeys it",
+        "VERL_USE_EXTERNAL_MODULES=medr1_verl.plugin",
+    ),
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.disable_mm_preprocessor_cache": (
+        "gone from vLLM; verl 0.9 sets what is needed by itself",
+        "remove it",
+    ),
 }
 _EMPTY = ("", "null", "none", "~", "None")
 _FALSE = ("false", "False", "0")
@@ -157,7 +162,8 @@ def faults(settings: Sequence[Setting], verl: str | None = None, vllm: str | Non
             text = f"{setting.key} is a key of verl >= 0.7.1; verl {verl} does not know it"
             found.append(Fault(setting, True, text, f"{setting.key.removeprefix('reward.')}={setting.value}"))
         elif setting.key in DEAD and setting.value not in _FALSE and versions.at_least(verl, "0.8.0"):
-            found.append(Fault(setting, False, f"{setting.key} has no effect: {DEAD[setting.key]}", "remove it"))
+            why, fix = DEAD[setting.key]
+            found.append(Fault(setting, False, f"{setting.key} has no effect: {why}", fix))
     return found + _engine_faults(last, vllm) + _reward_faults(last)
 
 

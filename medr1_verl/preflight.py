@@ -160,15 +160,16 @@ def check_images(path: Path, prompt: int, model: str) -> None:
         )
 
 
-def check_lora(rank: int, train_vision: bool, merge: bool = False) -> None:
+def check_lora(rank: int, train_vision: bool) -> None:
     """LoRA's rank, and whether the engine would sample from the adapters that are trained.
 
     verl hands vLLM the adapters and not ``enable_tower_connector_lora``, so vLLM drops those of the vision tower
-    without an error. Merged into the weights (``model.lora.merge=True``) they would arrive.
+    without an error. Merging them first (``model.lora.merge=True``) does not help: verl 0.9 merges what is inside the
+    sharded blocks, and the tower's merger is outside them (``fsdp_merge_unmerge`` skips the root).
     """
     if rank > MOST_LORA_RANK:
         raise UserError(f"LORA_RANK={rank}, but vLLM takes at most {MOST_LORA_RANK}; LORA_RANK={MOST_LORA_RANK} works")
-    if rank and train_vision and not merge:
+    if rank and train_vision:
         raise UserError(
             f"LORA_RANK={rank} with TRAIN_VISION=1: vLLM drops the vision tower's adapters, so it would sample from "
             "another model than is trained; TRAIN_VISION=0 works, and so does LORA_RANK=0"
@@ -197,11 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-response", type=int, help="tokens of an answer")
     parser.add_argument("--tokens-per-gpu", type=int, help="tokens of one forward pass")
     parser.add_argument("--lora-rank", type=int, default=0, help="0: full fine-tuning")
-    parser.add_argument("--lora-merge", action="store_true", help="adapters are merged before the engine gets them")
     parser.add_argument("--train-vision", type=int, choices=(0, 1), help="default: 1, with LoRA 0")
     args = parser.parse_args(argv)
     train_vision = not args.lora_rank if args.train_vision is None else bool(args.train_vision)
-    check_lora(args.lora_rank, train_vision, args.lora_merge)
+    check_lora(args.lora_rank, train_vision)
     check_machine(args.profile, args.run_dir)
     rows = check_parquet(args.train, "training")
     check_parquet(args.val, "validation")

@@ -1,7 +1,6 @@
 """The folder of one run: is it new, to be gone on with, or finished? And may its last checkpoint be trusted?
 
     python -m medr1_verl.run_folder open runs/NAME --resume auto --total-steps 20 --setting model=... --setting data=...
-    python -m medr1_verl.run_folder checkpoint runs/NAME        prints the folder of the last whole checkpoint
     python -m medr1_verl.run_folder join runs/NAME              metrics of all interruptions into one metrics.jsonl
 
 Layout (verl 0.9): ``checkpoints/global_step_N/actor/model_world_size_W_rank_R.pt`` and ``data.pt``, with the last
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -26,8 +26,8 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 _SHARD = re.compile(r"^model_world_size_(\d+)_rank_(\d+)\.pt$")
 
 
-def faults_of(step_dir: Path) -> list[str]:
-    """What is missing or torn in ``global_step_N``; empty if it can be resumed from and merged."""
+def faults_of(step_dir: Path, resumable: bool = True) -> list[str]:
+    """What is missing or torn in ``global_step_N``; empty if it can be merged and, if ``resumable``, gone on from."""
     actor = step_dir / "actor"  # verl's supervised trainer has no such level
     folder = actor if actor.is_dir() else step_dir
     shards = {name: _SHARD.match(name) for name in (p.name for p in folder.glob("model_world_size_*.pt"))}
@@ -38,7 +38,7 @@ def faults_of(step_dir: Path) -> list[str]:
     faults = [f"no shard of rank {r} of {world}" for r in set(range(world)) - {int(m[2]) for m in matches}]
     # torch.save writes zip archives: a torn one has no central directory.
     faults += [f"{folder.name}/{name} is torn" for name in shards if not zipfile.is_zipfile(folder / name)]
-    if not any(step_dir.glob("data*.pt")):
+    if resumable and not any(step_dir.glob("data*.pt")):
         faults.append("no data.pt")
     return faults
 
@@ -50,21 +50,37 @@ def whole_checkpoint(run_dir: Path) -> Path | None:
         latest = int((checkpoints / _TRACKER).read_text())
     except (OSError, ValueError):
         return None
-    steps = sorted(
-        (int(p.name.removeprefix("global_step_")) for p in checkpoints.glob("global_step_*") if p.name[12:].isdigit()),
-        reverse=True,
-    )
-    return next((d for d in (checkpoints / f"global_step_{s}" for s in steps if s <= latest) if not faults_of(d)), None)
+    return next((d for d in _saved(run_dir) if step_of(d) <= latest and not faults_of(d)), None)
+
+
+def _saved(run_dir: Path) -> list[Path]:
+    """Folders ``global_step_N``, the newest first, whole or not."""
+    found = (p for p in (run_dir / "checkpoints").glob("global_step_*") if p.name[12:].isdigit())
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("global_step_"))
 
 
-def open_run(run_dir: Path, resume: str, total_steps: int | None, settings: dict[str, str]) -> str:
-    """Prepare ``run_dir`` for a run; returns what happens, in words. Nothing is deleted, a finished run is moved aside.
+def _drop_all_but(run_dir: Path, checkpoint: Path, keep: int) -> None:
+    """Before a run goes on from ``checkpoint``: verl counts its last K from this start on, so older ones go here.
+
+    What is newer than ``checkpoint`` is torn. It goes too, because verl would write over its files in place, and those
+    may be hard links of the best checkpoint.
+    """
+    older = [d for d in _saved(run_dir) if step_of(d) < step_of(checkpoint) and not faults_of(d)]
+    kept = {checkpoint, *older[: keep - 1]}
+    for folder in _saved(run_dir):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_run(run_dir: Path, resume: str, total_steps: int | None, settings: dict[str, str], keep: int = 2) -> str:
+    """Prepare ``run_dir`` for a run; returns what happens, in words. A finished run is moved aside, not deleted.
 
     resume: ``auto`` goes on with an unfinished run of the same settings; ``disable`` starts anew.
+    keep: of an unfinished run's checkpoints the last so many stay.
     Raises UserError if the folder holds an unfinished run of other settings.
     """
     record = run_dir / "run.json"
@@ -92,6 +108,7 @@ def open_run(run_dir: Path, resume: str, total_steps: int | None, settings: dict
                 )
             # The checkpoint verl would take must be the whole one.
             (run_dir / "checkpoints" / _TRACKER).write_text(str(step_of(checkpoint)))
+            _drop_all_but(run_dir, checkpoint, keep)
             words = f"going on from step {step_of(checkpoint)}"
     run_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1) + "\n")
@@ -150,21 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     opening.add_argument("run_dir", type=Path)
     opening.add_argument("--resume", choices=("auto", "disable"), default="auto")
     opening.add_argument("--total-steps", type=int)
+    opening.add_argument("--keep", type=int, default=2, help="checkpoints of an unfinished run that stay")
     opening.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE")
-    for name in ("checkpoint", "join"):
-        commands.add_parser(name).add_argument("run_dir", type=Path)
+    commands.add_parser("join").add_argument("run_dir", type=Path)
     args = parser.parse_args(argv)
     if args.command == "open":
         settings = dict(setting.split("=", 1) for setting in args.setting)
-        print(f"  {open_run(args.run_dir, args.resume, args.total_steps, settings)}")
-        return 0
-    if args.command == "join":
+        print(f"  {open_run(args.run_dir, args.resume, args.total_steps, settings, args.keep)}")
+    else:
         join_metrics(args.run_dir)
-        return 0
-    found = whole_checkpoint(args.run_dir)
-    if found is None:
-        raise UserError(f"no whole checkpoint in {args.run_dir / 'checkpoints'}")
-    print(found)
     return 0
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TextIO
 
 from medr1_verl import processes
+from medr1_verl.best_checkpoint import keep_if_best
 from medr1_verl.cli import run as run_command
 from medr1_verl.guards import LENGTH_LIMIT, PEARSON, GuardWatch
 
@@ -125,9 +126,11 @@ def _mean(metrics: dict, suffix: str) -> float | None:
 
 
 def _report_metrics(
-    record: dict, progress: _Progress, watch: GuardWatch, outcome: Outcome, length_limit: int | None
+    record: dict, run_dir: Path, progress: _Progress, watch: GuardWatch, outcome: Outcome, length_limit: int | None
 ) -> str | None:
-    """Show one line of verl's metrics file. Returns the reason to stop, if a guard gives one."""
+    """Show one line of verl's metrics file, and keep the step's checkpoint if it is the best so far. Returns the reason
+    to stop, if a guard gives one.
+    """
     number, metrics = record["step"], record["data"]
     if length_limit:
         metrics[LENGTH_LIMIT] = length_limit
@@ -136,7 +139,13 @@ def _report_metrics(
     accuracy, answers_in_format = _mean(metrics, "/acc/mean@1"), _mean(metrics, "/format/mean@1")
     if accuracy is not None:
         text = f"validation at step {number}: accuracy {accuracy:.3f} (mean of the modalities)"
-        progress.say(text + (f", format {answers_in_format:.3f}" if answers_in_format is not None else ""))
+        text += f", format {answers_in_format:.3f}" if answers_in_format is not None else ""
+        try:
+            text += "; the best checkpoint so far, kept" if keep_if_best(run_dir, number, accuracy) else ""
+        except OSError as error:  # a full disk must not end the training
+            outcome.warnings.append(f"the best checkpoint (step {number}) could not be kept: {error}")
+            text += f"; WARNING {outcome.warnings[-1]}"
+        progress.say(text)
     action = os.environ.get("GUARD", "stop")
     for guard in watch.step(metrics) if action != "off" else ():
         text = f"{guard.name} for {guard.patience} steps: {guard.advice}"
@@ -251,7 +260,7 @@ def supervise(
                     milestones.remove(while_waiting)
                     progress.say(f"{now - started:5.0f} s  {while_waiting[1]}")
             for line in metric_lines.lines():
-                stop = _report_metrics(json.loads(line), progress, watch, outcome, length_limit)
+                stop = _report_metrics(json.loads(line), run_dir, progress, watch, outcome, length_limit)
                 if stop:
                     outcome.cause = stop
                     return outcome
@@ -272,7 +281,7 @@ def supervise(
                 outcome.cause = f"the trainer has printed nothing for {stall_seconds:.0f} s (STALL_SECONDS)"
                 return outcome
         for line in metric_lines.lines():
-            _report_metrics(json.loads(line), progress, watch, outcome, length_limit)
+            _report_metrics(json.loads(line), run_dir, progress, watch, outcome, length_limit)
         outcome.failed_groups += sum(bool(_FAILED_GROUP.search(line)) for line in log_lines.lines())
         if trainer.returncode != 0:
             outcome.cause = _cause_in(log) or f"the trainer ended with exit code {trainer.returncode}"

@@ -1,6 +1,7 @@
 # Sourced by run_cross_modality.sh and run_cross_task.sh, which set BY: train on one slice, test on all, for every slice.
 # shellcheck shell=bash
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$ROOT/recipes/presets.sh"
 [[ "${1:-}" == -h || "${1:-}" == --help ]] && { sed -n '2,9p' "$0"; grep -hE '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'; exit 0; }
 
 choose_profile
@@ -39,8 +40,8 @@ else
 fi
 choose_data_and_model
 if [[ -z "$EMBEDDED" ]]; then
-  export MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-256}"
-  if [[ "$METHOD" == grpo ]]; then export TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-4}" ROLLOUT_N="${ROLLOUT_N:-4}"; else export TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-128}"; fi
+  if [[ "$METHOD" == grpo ]]; then apply_preset; else default TRAIN_BATCH_SIZE 128; default MAX_RESPONSE_LENGTH 256; fi
+  export TRAIN_BATCH_SIZE MAX_RESPONSE_LENGTH
 else
   # Few steps: every cell of the matrix is exercised for real, nobody learns much.
   export MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-320}" MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-40}" TEST_FREQ="${TEST_FREQ:--1}"

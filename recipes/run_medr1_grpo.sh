@@ -8,7 +8,13 @@
 # Every variable below can be set from the environment.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[[ "${1:-}" == -h || "${1:-}" == --help ]] && { sed -n '2,9p' "${BASH_SOURCE[0]}"; grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'; exit 0; }
+source "$ROOT/recipes/presets.sh"
+[[ "${1:-}" == -h || "${1:-}" == --help ]] && {
+  sed -n '2,9p' "${BASH_SOURCE[0]}"
+  grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'
+  sed -n '/^# What the paper/,$p' "$ROOT/recipes/presets.sh"
+  exit 0
+}
 
 choose_profile
 
@@ -25,9 +31,28 @@ RESUME="${RESUME:-auto}"                      # auto: go on from the last checkp
 GUARD="${GUARD:-stop}"                        # stop | warn | off: what to do when rollout and actor disagree
 DRY_RUN="${DRY_RUN:-}"                        # 1: print verl's command line, one argument a line, and end
 EMBEDDED="${EMBEDDED:-}"                      # 1: the embedded default (drawn images, tiny model), on a GPU too
+PRESET="${PRESET:-paper}"                     # paper | verl: two sets of defaults for training, below and in presets.sh
+LORA_RANK="${LORA_RANK:-0}"                   # 0: every weight is trained; else adapters of this rank on the language model
+LORA_ALPHA="${LORA_ALPHA:-}"                  # adapters are scaled by LORA_ALPHA / LORA_RANK; default: twice the rank
+LORA_TARGETS="${LORA_TARGETS:-all-linear}"    # layers that get adapters: all-linear, or names as [q_proj,v_proj]
+MODEL_DTYPE="${MODEL_DTYPE:-fp32}"            # fp32 | bf16: what weights and optimizer are kept in; bf16 with LoRA only
+TRAIN_VISION="${TRAIN_VISION:-}"              # 0: the vision tower stays as it is; default: 1, with LoRA 0
+MERGE="${MERGE:-last}"                        # last | best: the checkpoint that becomes model/; best by validation accuracy
+KEEP_CHECKPOINTS="${KEEP_CHECKPOINTS:-2}"     # the last so many are kept, and the best
 
 require_one_of RESUME auto disable
 require_one_of GUARD stop warn off
+require_one_of PRESET paper verl
+require_integer LORA_RANK 0
+default LORA_ALPHA $((2 * LORA_RANK))
+require_integer LORA_ALPHA 0
+require_one_of MODEL_DTYPE fp32 bf16
+[[ "$MODEL_DTYPE" == fp32 || "$LORA_RANK" != 0 ]] \
+  || die "MODEL_DTYPE=bf16 with LORA_RANK=0: updates of 1e-6 are lost in bf16 weights; MODEL_DTYPE=fp32 works, and so does LORA_RANK=32"
+default TRAIN_VISION $((LORA_RANK == 0))
+require_one_of TRAIN_VISION 0 1
+require_one_of MERGE last best
+require_integer KEEP_CHECKPOINTS 1
 [[ -z "$STYLE" ]] || require_one_of STYLE think no-think think-after
 require_run_name
 require_integer SEED 0
@@ -36,40 +61,32 @@ choose_data_and_model
 
 # --- how to train ------------------------------------------------------------------------------------------------
 if [[ -n "$EMBEDDED" ]]; then
-  TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-8}"   # prompts a step
-  TOTAL_STEPS="${TOTAL_STEPS:-20}"
-  ROLLOUT_N="${ROLLOUT_N:-4}"                 # answers a prompt: the group of GRPO
-  LR="${LR:-1e-4}"
-  KL_COEF="${KL_COEF:-0.001}"
-  MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-320}"
-  MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-40}"
-  TEST_FREQ="${TEST_FREQ:--1}"                # validate at the start and the end only
-  SAVE_FREQ="${SAVE_FREQ:-10}"
-  VAL_SAMPLES="${VAL_SAMPLES:-64}"
-  EVAL_LIMIT="${EVAL_LIMIT:-128}"
-else
-  # The paper's settings: 4 prompts x 4 answers a step, one epoch, temperature 1, KL 0.04 in the loss.
-  TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-4}"
-  TOTAL_STEPS="${TOTAL_STEPS:-}"              # empty: TOTAL_EPOCHS decides
-  ROLLOUT_N="${ROLLOUT_N:-4}"
-  LR="${LR:-1e-6}"
-  KL_COEF="${KL_COEF:-0.04}"
-  MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-1024}"
-  MAX_RESPONSE_LENGTH="${MAX_RESPONSE_LENGTH:-256}"
-  TEST_FREQ="${TEST_FREQ:-100}"
-  SAVE_FREQ="${SAVE_FREQ:-200}"
-  VAL_SAMPLES="${VAL_SAMPLES:-512}"           # rows of the test file used for the validation curve; -1: all
+  default TRAIN_BATCH_SIZE 8
+  default TOTAL_STEPS 20
+  default ROLLOUT_N 4
+  default LR 1e-4
+  default KL_COEF 0.001
+  default LR_SCHEDULE constant
+  default WEIGHT_DECAY 0.01
+  default MAX_PROMPT_LENGTH 320
+  default MAX_RESPONSE_LENGTH 40
+  default TEST_FREQ -1                  # validate at the start and the end only
+  default SAVE_FREQ 10
+  default VAL_SAMPLES 64
+  default EVAL_LIMIT 128
 fi
-TOTAL_EPOCHS="${TOTAL_EPOCHS:-1}"
-MINI_BATCH_SIZE="${MINI_BATCH_SIZE:-$TRAIN_BATCH_SIZE}"
-TOKENS_PER_GPU="${TOKENS_PER_GPU:-$((8 * (MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH)))}"  # tokens of one forward pass
-TEMPERATURE="${TEMPERATURE:-1.0}"
+apply_preset
+TOTAL_STEPS="${TOTAL_STEPS:-}"                # empty: TOTAL_EPOCHS decides
 EVALUATE="${EVALUATE:-1}"                     # 0: no evaluation after training
 EVAL_LIMIT="${EVAL_LIMIT:-}"                  # rows of the test file that the final evaluation answers; empty: all
 AUDIT_KEY="${AUDIT_KEY:-}"                    # Ed25519 private key (file) that signs the audit log
-for name in TRAIN_BATCH_SIZE ROLLOUT_N MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH TOTAL_EPOCHS MINI_BATCH_SIZE; do require_integer "$name" 1; done
+for name in TRAIN_BATCH_SIZE ROLLOUT_N MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH TOTAL_EPOCHS MINI_BATCH_SIZE SAVE_FREQ; do require_integer "$name" 1; done
 [[ -z "$TOTAL_STEPS" ]] || require_integer TOTAL_STEPS 1
+TOKENS_PER_GPU="${TOKENS_PER_GPU:-$((8 * (MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH)))}"  # tokens of one forward pass
+require_integer TOKENS_PER_GPU 1
 require_one_of EVALUATE 0 1
+require_one_of FILTER_GROUPS 0 1
+require_one_of LR_SCHEDULE constant cosine
 (( ROLLOUT_N > 1 )) || die "ROLLOUT_N=1: GRPO compares the answers of a group, so it needs at least 2"
 if [[ "$PROFILE" == gpu ]]; then
   gpus_here="$(count_gpus)"
@@ -79,6 +96,13 @@ if [[ "$PROFILE" == gpu ]]; then
 else
   N_GPUS="${N_GPUS:-1}"
   require_integer N_GPUS 1
+fi
+
+[[ "$TEST_FREQ" == -1 ]] || require_integer TEST_FREQ 1
+if [[ "$MERGE" == best ]]; then
+  # Saved and validated at the same steps, or there is nothing to choose from.
+  (( TEST_FREQ > 0 )) || die "MERGE=best needs validation during training, and TEST_FREQ=$TEST_FREQ; TEST_FREQ=$SAVE_FREQ works"
+  (( SAVE_FREQ % TEST_FREQ == 0 )) || die "MERGE=best needs checkpoints that are validated, and SAVE_FREQ=$SAVE_FREQ is no multiple of TEST_FREQ=$TEST_FREQ; SAVE_FREQ=$TEST_FREQ works"
 fi
 
 choose_python "$PROFILE,report"
@@ -91,7 +115,7 @@ VAL_FILE="$DATA_DIR/test.parquet"
 [[ -n "$DRY_RUN" ]] || "$PYTHON" -m medr1_verl.preflight --profile "$PROFILE" --run-dir "$RUN_DIR" \
   --train "$TRAIN_FILE" --val "$VAL_FILE" --model "$MODEL_PATH" --train-batch "$TRAIN_BATCH_SIZE" --mini-batch "$MINI_BATCH_SIZE" \
   --samples "$ROLLOUT_N" --gpus $((N_GPUS * NNODES)) --max-prompt "$MAX_PROMPT_LENGTH" --max-response "$MAX_RESPONSE_LENGTH" \
-  --tokens-per-gpu "$TOKENS_PER_GPU" 9>&-
+  --tokens-per-gpu "$TOKENS_PER_GPU" --lora-rank "$LORA_RANK" --train-vision "$TRAIN_VISION" 9>&-
 
 # --- what verl is told ---------------------------------------------------------------------------------------------
 DATA=(
@@ -111,12 +135,14 @@ MODEL=(actor_rollout_ref.model.path="$MODEL_PATH")
 choose_attention actor_rollout_ref.model
 ACTOR=(
   actor_rollout_ref.actor.strategy=fsdp2
+  actor_rollout_ref.actor.fsdp_config.model_dtype="$MODEL_DTYPE"  # a GPU computes in bf16 all the same
   actor_rollout_ref.actor.optim.lr="$LR"
+  actor_rollout_ref.actor.optim.lr_scheduler_type="$LR_SCHEDULE"
+  actor_rollout_ref.actor.optim.weight_decay="$WEIGHT_DECAY"
   actor_rollout_ref.actor.ppo_mini_batch_size="$MINI_BATCH_SIZE"
-  actor_rollout_ref.actor.use_kl_loss=True
-  actor_rollout_ref.actor.kl_loss_coef="$KL_COEF"
-  actor_rollout_ref.actor.kl_loss_type=low_var_kl           # the k3 estimator, as in the paper's code
-  actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean # original GRPO: mean over tokens, then over answers
+  actor_rollout_ref.actor.loss_agg_mode="$LOSS_AGG"
+  actor_rollout_ref.actor.clip_ratio_low=0.2
+  actor_rollout_ref.actor.clip_ratio_high="$CLIP_RATIO_HIGH"
   actor_rollout_ref.actor.entropy_coeff=0
   # Batches by tokens. By rows, verl 0.9.1 cannot split the ragged 3-D position ids of Qwen2-VL (pytorch#153238).
   actor_rollout_ref.actor.use_dynamic_bsz=True
@@ -125,6 +151,26 @@ ACTOR=(
   actor_rollout_ref.ref.log_prob_max_token_len_per_gpu="$TOKENS_PER_GPU"
   actor_rollout_ref.actor.data_loader_seed="$SEED"
 )
+if [[ "$KL_COEF" =~ ^0*\.?0*$ ]]; then
+  ACTOR+=(actor_rollout_ref.actor.use_kl_loss=False)  # no reference policy then, neither its memory nor its forward pass
+else
+  ACTOR+=(
+    actor_rollout_ref.actor.use_kl_loss=True
+    actor_rollout_ref.actor.kl_loss_coef="$KL_COEF"
+    actor_rollout_ref.actor.kl_loss_type=low_var_kl   # the k3 estimator, as in the paper's code
+  )
+fi
+if (( LORA_RANK > 0 )); then
+  MODEL+=(
+    actor_rollout_ref.model.lora_rank="$LORA_RANK"
+    actor_rollout_ref.model.lora_alpha="$LORA_ALPHA"
+    actor_rollout_ref.model.target_modules="$LORA_TARGETS"
+    actor_rollout_ref.model.exclude_modules='.*visual.*'  # verl does not tell vLLM to load the vision tower's adapters
+  )
+elif [[ "$TRAIN_VISION" == 0 ]]; then
+  # verl reads this key nowhere; medr1_verl.frozen_vision obeys it.
+  ACTOR+=(actor_rollout_ref.actor.freeze_vision_tower=True)
+fi
 ROLLOUT=(
   actor_rollout_ref.rollout.name=vllm
   actor_rollout_ref.rollout.n="$ROLLOUT_N"
@@ -147,6 +193,8 @@ REWARD=(
 TRAINER=(
   algorithm.adv_estimator=grpo
   algorithm.use_kl_in_reward=False
+  algorithm.filter_groups.enable="$( (( FILTER_GROUPS )) && echo True || echo False)"
+  algorithm.filter_groups.metric=score  # the whole reward: groups that have no advantage, not only those with one accuracy
   trainer.project_name=medr1
   trainer.experiment_name="$RUN_NAME"
   trainer.logger='[console,file]'
@@ -157,7 +205,7 @@ TRAINER=(
   trainer.val_before_train=True
   trainer.test_freq="$TEST_FREQ"
   trainer.save_freq="$SAVE_FREQ"
-  trainer.max_actor_ckpt_to_keep="${KEEP_CHECKPOINTS:-2}"
+  trainer.max_actor_ckpt_to_keep="$KEEP_CHECKPOINTS"
   trainer.total_epochs="$TOTAL_EPOCHS"
   trainer.resume_mode="$RESUME"
 )
@@ -179,7 +227,6 @@ if [[ "$PROFILE" == gpu ]]; then
 else
   # Everything the CPU needs and a GPU does not. The rest of the CPU platform is in medr1_verl/cpu.
   ACTOR+=(
-    actor_rollout_ref.actor.fsdp_config.model_dtype=fp32
     actor_rollout_ref.actor.fsdp_config.dtype=float32           # bf16 autocast is no faster here, and less exact
     actor_rollout_ref.ref.fsdp_config.dtype=float32
     actor_rollout_ref.actor.use_torch_compile=False
@@ -218,17 +265,14 @@ if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 
 # --- train, merge, evaluate, sum up --------------------------------------------------------------------------------
 say "Training $RUN_NAME: $(basename "$MODEL_PATH") on $TRAIN_FILE, $PROFILE profile, logs in $RUN_DIR/logs"
-"$PYTHON" -m medr1_verl.run_folder open "$RUN_DIR" --resume "$RESUME" ${TOTAL_STEPS:+--total-steps "$TOTAL_STEPS"} \
-  --setting MODEL_PATH="$MODEL_PATH" --setting DATA_DIR="$DATA_DIR" --setting STYLE="$STYLE" --setting SEED="$SEED" 9>&-
+"$PYTHON" -m medr1_verl.run_folder open "$RUN_DIR" --resume "$RESUME" ${TOTAL_STEPS:+--total-steps "$TOTAL_STEPS"} --keep "$KEEP_CHECKPOINTS" \
+  --setting MODEL_PATH="$MODEL_PATH" --setting DATA_DIR="$DATA_DIR" --setting STYLE="$STYLE" --setting SEED="$SEED" \
+  --setting LORA_RANK="$LORA_RANK" --setting TRAIN_VISION="$TRAIN_VISION" 9>&-
 "$PYTHON" -m medr1_verl.supervise --run-dir "$RUN_DIR" ${TOTAL_STEPS:+--steps "$TOTAL_STEPS"} \
   --length-limit "$MAX_RESPONSE_LENGTH" -- "${TRAINING[@]}" 9>&-
 
-say "Merging the last checkpoint into a Hugging Face model"
-checkpoint="$("$PYTHON" -m medr1_verl.run_folder checkpoint "$RUN_DIR")"
-rm -rf "$RUN_DIR/model.partial"
-"$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$checkpoint/actor" --target_dir "$RUN_DIR/model.partial" \
-  >"$RUN_DIR/logs/merge.log" 2>&1 9>&- || { tail -n 3 "$RUN_DIR/logs/merge.log" >&2; die "merging failed, see $RUN_DIR/logs/merge.log"; }
-rm -rf "$RUN_DIR/model" && mv "$RUN_DIR/model.partial" "$RUN_DIR/model"
+say "Merging the $MERGE checkpoint into a Hugging Face model"
+"$PYTHON" -m medr1_verl.merge "$RUN_DIR" --checkpoint "$MERGE" 9>&-
 
 if [[ "$EVALUATE" == 1 ]]; then
   EVALUATION=("$PYTHON" -m medr1_verl.cli evaluate --data "$VAL_FILE" --pass none:0 blank:0 none:1

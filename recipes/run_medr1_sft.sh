@@ -124,12 +124,7 @@ if [[ ! -f "$RUN_DIR/model/config.json" ]]; then
     --steps "${TOTAL_STEPS:-$((rows / TRAIN_BATCH_SIZE * TOTAL_EPOCHS))}" -- "${TRAINING[@]}" 9>&-
 
   say "Merging the last checkpoint into a Hugging Face model"
-  step="$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt")" || die "training left no checkpoint; see $RUN_DIR/logs/train.log"
-  rm -rf "$RUN_DIR/model.partial"
-  "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$RUN_DIR/checkpoints/global_step_$step" \
-    --target_dir "$RUN_DIR/model.partial" >"$RUN_DIR/logs/merge.log" 2>&1 9>&- \
-    || { tail -n 3 "$RUN_DIR/logs/merge.log" >&2; die "merging failed, see $RUN_DIR/logs/merge.log"; }
-  rm -rf "$RUN_DIR/model" && mv "$RUN_DIR/model.partial" "$RUN_DIR/model"
+  "$PYTHON" -m medr1_verl.merge "$RUN_DIR" 9>&-
 fi
 
 if [[ "$EVALUATE" == 1 ]]; then

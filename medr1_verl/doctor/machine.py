@@ -22,6 +22,7 @@ NETWORK_SECONDS = 5.0
 KEYS = {
     "MODEL_PATH": "actor_rollout_ref.model.path",
     "LORA_RANK": "actor_rollout_ref.model.lora_rank",
+    "MODEL_DTYPE": "actor_rollout_ref.actor.fsdp_config.model_dtype",
     "MAX_PROMPT_LENGTH": "data.max_prompt_length",
     "MAX_RESPONSE_LENGTH": "data.max_response_length",
     "TOKENS_PER_GPU": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
@@ -146,6 +147,7 @@ class Machine:
             raise UserError(f"GPU_MEMORY_UTILIZATION={utilization:g} is not a share of the GPU's memory, such as 0.6")
         return memory.Plan(
             lora_rank=lora_rank,
+            bf16=self.get("MODEL_DTYPE", "fp32") in ("bf16", "bfloat16"),
             train_vision=self.get("TRAIN_VISION", "0" if lora_rank else "1") != "0",
             offload=all(self.switched_on(line.removesuffix("=True")) for line in memory.OFFLOAD),
             gpus=per_node * nodes,

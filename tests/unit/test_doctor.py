@@ -217,7 +217,7 @@ def test_driver_and_cuda(have, driver, status):
         (gpus(1), {"EMBEDDED": "1"}, "ok", ""),
         (gpus(1), DATA | {"GPU_MEMORY_UTILIZATION": "0.9"}, "fail", "GPU_MEMORY_UTILIZATION=0."),
         (gpus(1), DATA | {"GPU_MEMORY_UTILIZATION": "0.7"}, "warn", "GPU_MEMORY_UTILIZATION=0."),
-        (gpus(8, total_gib=24.0), DATA | {"MODEL_PATH": "Qwen/Qwen2-VL-7B-Instruct"}, "fail", "lora_rank=32"),
+        (gpus(8, total_gib=24.0), DATA | {"MODEL_PATH": "Qwen/Qwen2-VL-7B-Instruct"}, "fail", "LORA_RANK=32"),
         (gpus(1), DATA | {"MODEL_PATH": "Qwen/Qwen2-VL-72B-Instruct"}, "fail", "N_GPUS="),
         (gpus(1, total_gib=4.0), DATA, "fail", "MODEL_PATH="),
         (gpus(1), DATA | {"MODEL_PATH": "some/other-model"}, "skip", ""),

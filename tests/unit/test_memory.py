@@ -82,7 +82,8 @@ def test_state_of_full_fine_tuning_is_sixteen_bytes_a_parameter_sharded():
         ({"train_vision": False}, "optimizer", -1),
         ({"train_vision": False}, "vision", -1),
         ({"lora_rank": 32}, "optimizer", -1),
-        ({"lora_rank": 32}, "weights", -1),
+        ({"lora_rank": 32}, "weights", 1),  # the adapters are on top
+        ({"lora_rank": 32, "bf16": True}, "weights", -1),
         ({"offload": True}, "rollout", -1),
         ({"offload": True}, "training", 0),  # weights and optimizer come back for the step
         ({"offload": True}, "host", 1),
@@ -138,14 +139,23 @@ def test_what_is_advised_fits_and_can_be_run(shape, gpus, gib):
 def test_settings_are_the_recipes_variables_and_arguments():
     base = Plan(gpus=4, gpu_gib=40)
     changed = replace(
-        base, gpus=16, tokens_per_gpu=2560, utilization=0.4, tensor_parallel=2, offload=True, lora_rank=32
+        base, gpus=16, tokens_per_gpu=2560, utilization=0.4, tensor_parallel=2, offload=True, lora_rank=32, bf16=True
     )
     line = " ".join(memory.settings(changed, base))
-    assert line.startswith("N_GPUS=8 NNODES=2 TOKENS_PER_GPU=2560 GPU_MEMORY_UTILIZATION=0.4 ROLLOUT_TP=2 ")
+    assert line.startswith(
+        "LORA_RANK=32 MODEL_DTYPE=bf16 N_GPUS=8 NNODES=2 TOKENS_PER_GPU=2560 GPU_MEMORY_UTILIZATION=0.4 ROLLOUT_TP=2 "
+    )
     assert "param_offload=True" in line
-    assert "lora_rank=32" in line
     recipe = (Path(__file__).parents[2] / "recipes" / "run_medr1_grpo.sh").read_text()
-    for name in ("N_GPUS", "NNODES", "TOKENS_PER_GPU", "GPU_MEMORY_UTILIZATION", "ROLLOUT_TP"):
+    for name in (
+        "LORA_RANK",
+        "MODEL_DTYPE",
+        "N_GPUS",
+        "NNODES",
+        "TOKENS_PER_GPU",
+        "GPU_MEMORY_UTILIZATION",
+        "ROLLOUT_TP",
+    ):
         assert f"${{{name}:-" in recipe, "advice must name what the recipe reads"
 
 

@@ -10,6 +10,7 @@ import pytest
 from medr1_verl import old_keys
 from medr1_verl.errors import UserError
 
+PLUGIN = "VERL_USE_EXTERNAL_MODULES=medr1_verl.plugin"
 ROLLOUT = "actor_rollout_ref.rollout"
 OURS = "reward.custom_reward_function.path=pkg://medr1_verl.reward"
 
@@ -61,7 +62,7 @@ CASES = {
         "0.24.0",
         [],
     ),
-    "a dead key": (["actor_rollout_ref.actor.freeze_vision_tower=True"], "0.9.1", "0.24.0", [(False, "remove it")]),
+    "a dead key": (["actor_rollout_ref.actor.freeze_vision_tower=True"], "0.9.1", "0.24.0", [(False, PLUGIN)]),
     "a dead key that asks for nothing": (["actor_rollout_ref.actor.freeze_vision_tower=False"], "0.9.1", "0.24.0", []),
     "dummy weights with a new vLLM": (
         [f"{ROLLOUT}.load_format=dummy"],
@@ -192,4 +193,5 @@ def test_the_recipes_themselves_are_clean():
     for recipe in (Path(__file__).parents[2] / "recipes").glob("*.sh"):
         settings = old_keys.read_settings(str(recipe))
         assert settings or "main_ppo" not in recipe.read_text()
-        assert old_keys.faults(settings, "0.9.1", "0.28.0") == [], recipe.name
+        # common.sh names the plugin that obeys the one key that verl does not.
+        assert [f for f in old_keys.faults(settings, "0.9.1", "0.28.0") if f.fix != PLUGIN] == [], recipe.name

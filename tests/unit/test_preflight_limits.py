@@ -61,19 +61,18 @@ def test_the_models_own_length_is_read(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("rank", "train_vision", "merge", "named"),
+    ("rank", "train_vision", "named"),
     [
-        (0, True, False, None),
-        (0, False, False, None),
-        (32, False, False, None),
-        (32, True, True, None),
-        (32, True, False, "LORA_RANK=32 with TRAIN_VISION=1"),
-        (512, False, False, None),
-        (513, False, False, "LORA_RANK=512 works"),
+        (0, True, None),
+        (0, False, None),
+        (32, False, None),
+        (32, True, "LORA_RANK=32 with TRAIN_VISION=1"),
+        (512, False, None),
+        (513, False, "LORA_RANK=512 works"),
     ],
 )
-def test_lora(rank, train_vision, merge, named):
-    said = refusal(preflight.check_lora, rank, train_vision, merge)
+def test_lora(rank, train_vision, named):
+    said = refusal(preflight.check_lora, rank, train_vision)
     assert said is None if named is None else named in said
 
 

@@ -21,6 +21,34 @@ CASES = {
     "another style": ({"DATA_DIR": "/d", "STYLE": "no-think"}, 1),
     "embedded on a GPU": ({"EMBEDDED": "1"}, 1),
     "an existing Ray cluster": ({"DATA_DIR": "/d", "RAY_ADDRESS": "10.0.0.1:6379"}, 1),
+    "a modern GRPO": ({"DATA_DIR": "/d", "PRESET": "verl"}, 8),
+    "a modern GRPO on a CPU": ({"PRESET": "verl"}, 0),
+    "adapters": ({"DATA_DIR": "/d", "LORA_RANK": "32"}, 1),
+    "adapters on some layers": ({"DATA_DIR": "/d", "LORA_RANK": "8", "LORA_TARGETS": "[q_proj,v_proj]"}, 1),
+    "adapters in bf16": ({"DATA_DIR": "/d", "LORA_RANK": "32", "MODEL_DTYPE": "bf16"}, 2),
+    "a frozen vision tower": ({"DATA_DIR": "/d", "TRAIN_VISION": "0"}, 1),
+    "the best checkpoint": ({"DATA_DIR": "/d", "MERGE": "best", "KEEP_CHECKPOINTS": "3"}, 1),
+}
+# What the presets set, as verl reads it: key of the configuration -> (PRESET=paper, PRESET=verl).
+PRESETS = {
+    "data.train_batch_size": (4, 128),
+    "actor_rollout_ref.actor.ppo_mini_batch_size": (4, 64),
+    "actor_rollout_ref.rollout.n": (4, 8),
+    "actor_rollout_ref.rollout.temperature": (1.0, 1.0),
+    "data.max_response_length": (256, 256),
+    "actor_rollout_ref.actor.loss_agg_mode": ("seq-mean-token-mean", "token-mean"),
+    "actor_rollout_ref.actor.use_kl_loss": (True, False),
+    "algorithm.use_kl_in_reward": (False, False),
+    "actor_rollout_ref.actor.clip_ratio_low": (0.2, 0.2),
+    "actor_rollout_ref.actor.clip_ratio_high": (0.2, 0.28),
+    "algorithm.filter_groups.enable": (False, True),
+    "algorithm.filter_groups.metric": ("score", "score"),
+    "actor_rollout_ref.actor.optim.lr": (1e-6, 1e-6),
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": ("cosine", "constant"),
+    "actor_rollout_ref.actor.optim.weight_decay": (0.0, 0.01),
+    "trainer.test_freq": (100, 10),
+    "trainer.save_freq": (200, 20),
+    "trainer.total_epochs": (1, 1),
 }
 
 
@@ -55,6 +83,13 @@ def compose(overrides: list[str]):
         return compose("ppo_trainer", overrides=[o for o in overrides if not o.startswith("hydra")])
 
 
+def composed(tmp_path: Path, environment: dict[str, str], gpus: int, *arguments: str):
+    """verl's configuration as the GRPO recipe would start it."""
+    done = recipe("run_medr1_grpo.sh", tmp_path, environment | {"DRY_RUN": "1"}, gpus, *arguments)
+    assert done.returncode == 0, done.stderr
+    return compose([line for line in done.stdout.splitlines() if "=" in line and not line.startswith("[")])
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_grpo_command_line_composes_and_is_valid(case, tmp_path):
@@ -63,23 +98,70 @@ def test_grpo_command_line_composes_and_is_valid(case, tmp_path):
     from verl.utils.config import validate_config
 
     environment, gpus = CASES[case]
-    done = recipe("run_medr1_grpo.sh", tmp_path, environment | {"DRY_RUN": "1"}, gpus, "trainer.log_val_generations=3")
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "=" in line and not line.startswith("[")]
-    config = compose(lines)
+    config = composed(tmp_path, environment, gpus, "trainer.log_val_generations=3")
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     assert config.actor_rollout_ref.rollout.load_format == "auto"
-    assert config.actor_rollout_ref.rollout.n == 4
     assert config.algorithm.adv_estimator == "grpo"
     assert config.reward.custom_reward_function.path == "pkg://medr1_verl.reward"
-    assert config.actor_rollout_ref.actor.use_kl_loss
     assert not config.algorithm.use_kl_in_reward
     assert config.trainer.log_val_generations == 3, "arguments of the user come last and win"
-    if gpus and "EMBEDDED" not in environment:
-        assert config.actor_rollout_ref.actor.optim.lr == 1e-6
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("preset", ["paper", "verl"])
+def test_what_a_preset_sets(preset, tmp_path):
+    pytest.importorskip("verl")
+    from omegaconf import OmegaConf
+
+    config = composed(tmp_path, {"DATA_DIR": "/d", "PRESET": preset}, 8)
+    expected = {key: values[preset == "verl"] for key, values in PRESETS.items()}
+    assert {key: OmegaConf.select(config, key) for key in PRESETS} == expected
+    if preset == "paper":
         assert config.actor_rollout_ref.actor.kl_loss_coef == 0.04
-        assert config.data.max_response_length == 256
-        assert config.actor_rollout_ref.rollout.temperature == 1.0
+        assert config.actor_rollout_ref.actor.kl_loss_type == "low_var_kl"
+
+
+@pytest.mark.heavy
+def test_a_variable_wins_over_the_preset(tmp_path):
+    pytest.importorskip("verl")
+    settings = {"PRESET": "verl", "TRAIN_BATCH_SIZE": "33", "KL_COEF": "0.01", "FILTER_GROUPS": "0", "LR": "2e-6"}
+    config = composed(tmp_path, settings | {"DATA_DIR": "/d"}, 1)
+    actor = config.actor_rollout_ref.actor
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size) == (33, 33), "an odd batch has no two halves"
+    assert (actor.use_kl_loss, actor.kl_loss_coef, actor.optim.lr) == (True, 0.01, 2e-6)
+    assert not config.algorithm.filter_groups.enable
+    assert actor.loss_agg_mode == "token-mean"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (
+            "adapters",
+            {"model.lora_rank": 32, "model.lora_alpha": 64, "model.target_modules": "all-linear"}
+            | {"model.exclude_modules": ".*visual.*", "actor.optim.lr": 1e-5, "actor.freeze_vision_tower": False}
+            | {"actor.fsdp_config.model_dtype": "fp32", "rollout.load_format": "auto"},
+        ),
+        ("adapters on some layers", {"model.lora_rank": 8, "model.target_modules": ["q_proj", "v_proj"]}),
+        ("adapters in bf16", {"actor.fsdp_config.model_dtype": "bf16"}),
+        ("a frozen vision tower", {"actor.freeze_vision_tower": True, "model.lora_rank": 0, "actor.optim.lr": 1e-6}),
+        ("one GPU", {"actor.freeze_vision_tower": False, "model.lora_rank": 0}),
+    ],
+)
+def test_adapters_and_the_vision_tower(case, expected, tmp_path):
+    pytest.importorskip("verl")
+    from omegaconf import OmegaConf
+
+    config = composed(tmp_path, *CASES[case])
+    assert {key: OmegaConf.select(config.actor_rollout_ref, key) for key in expected} == expected
+
+
+def test_help_lists_the_variables_and_both_presets(tmp_path):
+    done = recipe("run_medr1_grpo.sh", tmp_path, {}, 0, "--help")
+    assert done.returncode == 0
+    for word in ("RUN_NAME=", "LORA_RANK=", "preset_paper", "preset_verl", "KL_COEF 0.04", "FILTER_GROUPS 1"):
+        assert word in done.stdout
 
 
 REFUSALS = {
@@ -95,6 +177,17 @@ REFUSALS = {
     "RESUME=maybe": (0, "RESUME=maybe"),
     "EVALUATE=2": (0, "EVALUATE=2"),
     "N_GPUS=2": (1, "N_GPUS=2"),
+    "PRESET=fast": (0, "PRESET=fast is not one of: paper verl"),
+    "LORA_RANK=big": (0, "LORA_RANK=big"),
+    "MODEL_DTYPE=bf16": (0, "MODEL_DTYPE=bf16 with LORA_RANK=0"),
+    "TRAIN_VISION=yes": (0, "TRAIN_VISION=yes"),
+    "FILTER_GROUPS=2": (0, "FILTER_GROUPS=2"),
+    "LR_SCHEDULE=linear": (0, "LR_SCHEDULE=linear is not one of: constant cosine"),
+    "KEEP_CHECKPOINTS=0": (0, "KEEP_CHECKPOINTS=0"),
+    "SAVE_FREQ=-1": (0, "SAVE_FREQ=-1"),
+    "TEST_FREQ=often": (0, "TEST_FREQ=often"),
+    "MAX_PROMPT_LENGTH=long": (0, "MAX_PROMPT_LENGTH=long"),
+    "MERGE=best": (0, "MERGE=best needs validation during training, and TEST_FREQ=-1; TEST_FREQ=10 works"),
     "DATA_DIR=/only": (0, "MODEL_PATH"),
     "RUNS_DIR=/proc/none": (0, "RUNS_DIR=/proc/none"),
     "PYTHON=/bin/false": (0, "PYTHON=/bin/false"),
