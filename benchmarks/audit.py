@@ -1,37 +1,137 @@
-"""What the audit log costs: time and memory an answer, and how long verifying takes.
+"""What the audit log costs: its share of an evaluation, memory and bytes an answer, and how long verifying takes.
 
-    python benchmarks/audit.py [--answers 20000]
+    python benchmarks/audit.py                     about 4 minutes on 2 cores; needs the extra cpu or gpu
+    python benchmarks/audit.py --model DIR         another model than the tiny one (on a GPU, one that is worth it)
+    python benchmarks/audit.py --rounds 0          without an engine: the cost itself, memory and verifying only
 
-Time: the same loop of loading a picture and making a prediction row, with and without the log, in turn. The share is
-given for evaluations of several speeds, since the cost does not depend on the model; pictures are hashed in threads, so
-that beside an engine on a GPU, or with free cores, less of it is waited for than this loop shows.
+The share is measured on the evaluation's own path: the same questions in turns with and without the log, both orders,
+each answer to a 384 x 384 picture that no cache has seen. Wall time is what a user waits; the pictures are hashed in
+threads with the interpreter free, so that on free cores most of the CPU time below is not waited for.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
+import random
 import statistics
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from medr1_verl.audit.trail import Trail
 from medr1_verl.audit.verify import verify
-from medr1_verl.evaluation.engine import Decoding, Output
-from medr1_verl.evaluation.evaluate import _row
-from medr1_verl.evaluation.questions import Question
+from medr1_verl.embedded import phantoms
+from medr1_verl.evaluation.engine import Decoding, OfflineEngine, Output
+from medr1_verl.evaluation.evaluate import Pass, _row, _run_pass
+from medr1_verl.evaluation.predictions import PredictionFile
+from medr1_verl.evaluation.questions import Question, read_questions
 
+SIDE = 384
 CHUNK = 64
+TOKENS = 48  # an answer of the tiny model; a trained 2B model writes 60 to 90
 OPTIONS = ("Computed tomography", "Magnetic resonance imaging", "Ultrasound", "X-ray")
+ABOUT = {"control": "none", "decoding": "greedy", "max_tokens": TOKENS, "model": "m", "weights": "w"}
+nonce = count()
 
 
-def questions(count: int, picture: Image.Image) -> list[Question]:
+# --- the share of an evaluation ------------------------------------------------------------------------------------
+
+
+def material(folder: Path) -> list[Question]:
+    """One engine's chunk of phantom questions, their pictures enlarged to the size that data is converted to."""
+    from medr1_verl.convert import Options, convert
+
+    phantoms.generate(folder / "raw", 3, 8, progress=False)
+    convert(Options(input=folder / "raw", output=folder / "data", image_size=SIDE, test_fraction=0.5, seed=3))
+    return [
+        replace(question, load_images=fresh(question)) for question in read_questions([folder / "data"], limit=CHUNK)
+    ]
+
+
+def fresh(question: Question) -> Callable[[], list[Image.Image]]:
+    """Decodes the picture as an evaluation does; one pixel differs at every call, so that no cache of vLLM's helps."""
+    file = io.BytesIO()
+    question.load_images()[0].resize((SIDE, SIDE)).save(file, "PNG")
+
+    def load() -> list[Image.Image]:
+        picture = Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+        number = next(nonce)
+        picture.putpixel((0, 0), (number & 255, number >> 8 & 255, number >> 16))
+        return [picture]
+
+    return load
+
+
+def tiny_model(questions: Sequence[Question], folder: Path) -> Path:
+    from medr1_verl.embedded.tiny_model import make_model, make_processor, make_tokenizer
+
+    processor = make_processor(make_tokenizer(question.messages[0]["content"] for question in questions))
+    make_model(processor.tokenizer, seed=3).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def share(model: str | None, rounds: int, folder: Path) -> dict[str, Any]:
+    """Paired times of the evaluation's own pass, with and without the log, in turns."""
+    questions = material(folder)
+    engine = OfflineEngine(model or str(tiny_model(questions, folder / "tiny")), log=folder / "vllm.log")
+    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    with tqdm(total=2 * (rounds + 1) * len(questions), unit="answer", desc="evaluation") as progress:
+        for number in range(rounds + 1):
+            for audited in (False, True) if number % 2 else (True, False):
+                name = f"{number}-{audited}"
+                trail = Trail(folder / f"{name}.jsonl", "m", "m", [], served=True) if audited else None
+                if trail is not None:
+                    trail.start([], asking=True, afresh=False)
+                    trail._context_number()  # versions and digests are per evaluation, not per answer
+                file = PredictionFile(folder / f"{name}.predictions.jsonl", False)
+                started, cpu_started = time.perf_counter(), time.process_time()
+                _run_pass(engine, Pass(), questions, ABOUT, {}, file, trail, progress)
+                spent = time.perf_counter() - started, time.process_time() - cpu_started
+                file.finish()
+                file.close()
+                if trail is not None:
+                    trail.finish()
+                    trail.stop()
+                if number:  # the first round warms up
+                    times[audited].append(spent)
+    without, with_log = (np.array(times[audited]) / len(questions) for audited in (False, True))
+    extra = with_log - without
+    figures: dict[str, Any] = {"rounds": rounds, "answers_a_round": len(questions), "machine_speed_answers_a_second": 0}
+    figures["machine_speed_answers_a_second"] = round(1 / float(np.median(without[:, 0])), 1)
+    for kind, column in (("wall", 0), ("cpu", 1)):
+        base = float(np.median(without[:, column]))
+        figures[f"{kind}_ms_per_answer_without"] = round(base * 1e3, 3)
+        figures[f"{kind}_us_per_answer_more"] = round(float(np.median(extra[:, column])) * 1e6, 1)
+        figures[f"{kind}_share_%"] = round(float(np.median(extra[:, column])) / base * 100, 2)
+        low, high = interval([float(value) for value in extra[:, column] / base * 100])
+        figures[f"{kind}_share_95%"] = [round(low, 2), round(high, 2)]
+    return figures
+
+
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the median, by bootstrap over the rounds."""
+    drawn = random.Random(0)
+    medians = sorted(statistics.median(drawn.choices(values, k=len(values))) for _ in range(draws))
+    return medians[draws // 40], medians[-draws // 40]
+
+
+# --- the cost itself -----------------------------------------------------------------------------------------------
+
+
+def prepared(number_of: int, picture: Image.Image) -> list[Question]:
     return [
         Question(
             question_id=f"set_{number:06d}",
@@ -47,14 +147,13 @@ def questions(count: int, picture: Image.Image) -> list[Question]:
             image_sha256=f"{number:064x}",
             load_images=lambda: [picture],
         )
-        for number in range(count)
+        for number in range(number_of)
     ]
 
 
 def loop(rows: list[Question], trail: Trail | None) -> tuple[float, float]:
-    """(seconds, CPU seconds of all threads) for making prediction rows in chunks, as an evaluation does."""
+    """(seconds, CPU seconds of all threads) for making prediction rows in chunks, without an engine."""
     text = "<think>" + "The image shows a cross-section of the chest. " * 6 + "</think><answer>A</answer>"
-    about = {"control": "none", "decoding": "greedy", "max_tokens": 256, "model": "m", "weights": "w"}
     output = [Output(text, 70, 0)]
     started, cpu_started = time.perf_counter(), time.process_time()
     for start in range(0, len(rows), CHUNK):
@@ -64,7 +163,7 @@ def loop(rows: list[Question], trail: Trail | None) -> tuple[float, float]:
         for question in chunk:
             question.load_images()
         for question in chunk:
-            row = _row(question, output, about)
+            row = _row(question, output, ABOUT)
             if trail is not None:
                 trail.answer(question, row, Decoding(), output)
         if trail is not None:
@@ -72,54 +171,59 @@ def loop(rows: list[Question], trail: Trail | None) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu_started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--answers", type=int, default=20_000)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    pixels = np.random.default_rng(0).integers(0, 255, (384, 384, 3), dtype=np.uint8)
-    rows = questions(arguments.answers, Image.fromarray(pixels))
-    without, with_log = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(arguments.repeats):
-            without.append(loop(rows, None))
-            trail = Trail(Path(folder) / f"{repeat}.jsonl", "m", "m", [], served=True)
-            trail.start([], asking=True, afresh=False)
-            with_log.append(loop(rows, trail))
-            trail.finish()
-            trail.stop()
-        path = Path(folder) / "0.jsonl"
-        size = path.stat().st_size
-        started = time.perf_counter()
-        assert verify(path).good
-        verifying = time.perf_counter() - started
-        trail = Trail(Path(folder) / "memory.jsonl", "m", "m", [], served=True)
+def cost(answers: int, repeats: int, folder: Path) -> dict[str, Any]:
+    pixels = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
+    rows = prepared(answers, Image.fromarray(pixels))
+    extra = []
+    for repeat in range(repeats):
+        without = loop(rows, None)
+        trail = Trail(folder / f"cost-{repeat}.jsonl", "m", "m", [], served=True)
         trail.start([], asking=True, afresh=False)
-        loop(rows[:CHUNK], trail)
-        tracemalloc.start()
-        before = tracemalloc.get_traced_memory()[0]
-        loop(rows, trail)
-        held = tracemalloc.get_traced_memory()[0] - before
-        tracemalloc.stop()
+        with_log = loop(rows, trail)
         trail.finish()
         trail.stop()
-    cost, cpu = (
-        (statistics.median(pair[kind] for pair in with_log) - statistics.median(pair[kind] for pair in without))
-        / arguments.answers
-        for kind in (0, 1)
-    )
-    result = {
-        "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
-        "answers": arguments.answers,
-        "picture": "384 x 384",
-        "cost_us_per_answer": round(cost * 1e6, 1),
-        "cpu_us_per_answer": round(cpu * 1e6, 1),
-        "share_at_10_answers_a_second_%": round(cost * 10 * 100, 3),
-        "share_at_100_answers_a_second_%": round(cost * 100 * 100, 3),
-        "memory_held_bytes_per_answer": round(held / arguments.answers, 1),
-        "log_bytes_per_answer": round(size / arguments.answers),
-        "verify_us_per_answer": round(verifying / arguments.answers * 1e6, 1),
+        extra.append(with_log[1] - without[1])
+    path = folder / "cost-0.jsonl"
+    started = time.perf_counter()
+    assert verify(path).good
+    verifying = time.perf_counter() - started
+    trail = Trail(folder / "memory.jsonl", "m", "m", [], served=True)
+    trail.start([], asking=True, afresh=False)
+    loop(rows[:CHUNK], trail)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    loop(rows, trail)
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    trail.finish()
+    trail.stop()
+    each = statistics.median(extra) / answers
+    return {
+        "answers": answers,
+        "picture": f"{SIDE} x {SIDE}",
+        "cpu_us_per_answer": round(each * 1e6, 1),
+        "cpu_share_at_10_answers_a_second_%": round(each * 10 * 100, 2),
+        "cpu_share_at_100_answers_a_second_%": round(each * 100 * 100, 2),
+        "memory_held_bytes_per_answer": round(held / answers, 1),
+        "log_bytes_per_answer": round(path.stat().st_size / answers),
+        "verify_us_per_answer": round(verifying / answers * 1e6, 1),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--answers", type=int, default=3000, help="for memory, verifying and the cost itself")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=20, help=f"of {CHUNK} answers by the engine, each way")
+    parser.add_argument("--model", help="directory or hub id (default: an untrained tiny Qwen2-VL)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result: dict[str, Any] = {
+            "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+        }
+        result["cost"] = cost(arguments.answers, arguments.repeats, Path(folder))
+        if arguments.rounds:
+            result["evaluation"] = share(arguments.model, arguments.rounds, Path(folder))
     print(json.dumps(result, indent=1))
 
 

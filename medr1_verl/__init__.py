@@ -9,7 +9,8 @@ Importing this package costs nothing: no torch, no verl, no vLLM. The modules ar
 * ``reward``    ``compute_score``, the verifiable reward; ``parts`` and ``open_answers`` are its options
 * ``dataset``   an optional verl data set class: other style, option order or slices (``view``) of the same parquet
 * ``config_check``      refuses wrong settings and ground truths before a GPU is taken
-* ``training_metrics``  parts of the reward at every training step
+* ``training_metrics``  parts of the reward at every training step; ``validation_rows`` names the rows in
+  validation dumps
 * ``audit``     every answer in a log that shows changes; ``report``, ``cards``, ``ask`` and ``reasoning_quality`` make
   answers and their reasoning inspectable
 * ``plugin``    what verl loads by itself (entry point ``verl.plugins``); ``frozen_vision`` makes its dead key work

@@ -61,6 +61,9 @@ _SETTINGS = {
     "trainer.n_gpus_per_node": "devices a node",
     "trainer.nnodes": "nodes",
     "data.seed": "seed of the data order",
+    "optim.lr": "learning rate",  # these three: verl's supervised trainer
+    "optim.lr_scheduler_type": "schedule of the learning rate",
+    "engine.strategy": "strategy",
 }
 
 
@@ -124,7 +127,10 @@ def _tables(files: Sequence[Path], data: Path | None, notes: list[str]) -> dict[
 def _model_sentence(base: str, overrides: dict[str, str], summary: dict[str, Any] | None) -> str:
     how = overrides.get("algorithm.adv_estimator", "")
     text = "A vision-language model for medical visual question answering"
-    text += f", trained by {how.upper()} with a verifiable reward" if how else ""
+    if how:
+        text += f", trained by {how.upper()} with a verifiable reward"
+    elif (summary or {}).get("loss_first") is not None:
+        text += ", trained by supervised steps on the right answers"
     text += f", from {base}." if base else "."
     if summary is not None:
         # A summary of another version may lack what the sentence needs: the tables have the figures all the same.

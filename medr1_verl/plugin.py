@@ -3,7 +3,7 @@
 verl imports this module while it is itself being imported, so only ``verl.plugin.platform`` may be touched here.
 By the entry point, it registers the CPU platform under its name and nothing else: runs that do not ask for it stay
 exactly as they were. Named in ``VERL_USE_EXTERNAL_MODULES``, it also installs ``verl_fixes``,
-``config_check``, ``frozen_vision``, ``training_metrics`` and, on request, ``rollout_weights``.
+``config_check``, ``frozen_vision``, ``training_metrics``, ``validation_rows`` and, on request, ``rollout_weights``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ def register() -> None:
 
         patches.install()
     if asked_for():
-        from medr1_verl import config_check, frozen_vision, rollout_weights, training_metrics, verl_fixes
+        from medr1_verl import (
+            config_check,
+            frozen_vision,
+            rollout_weights,
+            training_metrics,
+            validation_rows,
+            verl_fixes,
+        )
 
         verl_fixes.install()
         frozen_vision.install()
         config_check.install()
         training_metrics.install()
+        validation_rows.install()
         rollout_weights.install()
 
 

@@ -129,3 +129,16 @@ choose_attention() {
   # Activations are computed again in the backward pass: a third more time, a fraction of the memory.
   if [[ "$PROFILE" == gpu ]]; then MODEL+=("$1.enable_gradient_checkpointing=True"); else MODEL+=("$1.enable_gradient_checkpointing=False"); fi
 }
+
+# tell_of_run RUN_DIR DATA [ANSWERS...]: the run's page with the answers to the rows in DATA (and others to compare),
+# the audit log of its validation answers, and the cards of its model and its data.
+tell_of_run() {
+  local run="$1" data="$2" folder="$2" medr1=("$PYTHON" -m medr1_verl.cli)
+  [[ -d "$folder" ]] || folder="$(dirname "$folder")"
+  if compgen -G "$run/validation/*.jsonl" >/dev/null; then
+    "${medr1[@]}" audit record "$run/validation" --data "$data" --output "$run/validation-audit.jsonl" --again ${AUDIT_KEY:+--key "$AUDIT_KEY"} 9>&- || return
+  fi
+  "${medr1[@]}" report "$run" "${@:3}" --data "$data" 9>&- || return
+  [[ ! -d "$run/model" ]] || "${medr1[@]}" card model "$run" --data "$folder" 9>&- || return
+  [[ ! -f "$folder/manifest.json" ]] || "${medr1[@]}" card data "$folder" --output "$run/data-card.md" 9>&-
+}

@@ -124,7 +124,7 @@ one_slice() {
       bash "$ROOT/recipes/run_medr1_$METHOD.sh" || return 1
   fi
   say "$name: evaluation on all slices"
-  evaluate_one "$name" "$DIR/$name/model" || return 1
+  evaluate_one "$name" "$DIR/$name/model" && tell_of_run "$DIR/$name" "$DIR/data"
 }
 lane() { # number: every PARALLEL-th slice, on this lane's GPUs
   local number="$1" index failed=0
@@ -148,5 +148,6 @@ lanes=()
 [[ -z "${failed:-}" ]] || die "some runs failed, see above; the same command goes on with what is missing"
 
 say "Tables"
+[[ ! -f "$DATA_DIR/manifest.json" ]] || "$PYTHON" -m medr1_verl.cli card data "$DATA_DIR" --output "$DIR/data-card.md" 9>&-
 "$PYTHON" -m medr1_verl.cli tables "$DIR/base" "${trained[@]/#/$DIR/$METHOD-}" --base base --train "$DIR/data" --output "$DIR/tables" 9>&- | tail -n 1
 say "Done: $DIR/tables/tables.md"

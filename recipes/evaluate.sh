@@ -55,4 +55,5 @@ if [[ -n "$DRY_RUN" ]]; then printf '%q ' "${EVALUATION[@]:1}"; echo; printf '%q
 
 say "Evaluating $MODEL_PATH on $DATA_DIR"
 "${EVALUATION[@]}"
-[[ -n "${NO_TABLES:-}" ]] || { say "Tables"; "${TABLES[@]}" | tail -n 1; }
+# Recipes that evaluate several times, or sum up afterwards, make tables, page and cards themselves.
+[[ -n "${NO_TABLES:-}" ]] || { say "Tables, page and cards"; "${TABLES[@]}" | tail -n 1; tell_of_run "$RUN_DIR" "$DATA_DIR"; }

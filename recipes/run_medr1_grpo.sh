@@ -290,4 +290,4 @@ say "Done"
 "$PYTHON" -m medr1_verl.run_folder join "$RUN_DIR" 9>&-
 "$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" ${before:+--before "$before"} 9>&-
 # The embedded default keeps the answers before training beside its data; else they are in the run folder.
-"$PYTHON" -m medr1_verl.cli report "$RUN_DIR" ${embedded:+${before:+"$before"}} --data "$VAL_FILE" 9>&-
+tell_of_run "$RUN_DIR" "$VAL_FILE" ${embedded:+${before:+"$before"}}

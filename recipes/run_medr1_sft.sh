@@ -134,3 +134,4 @@ if [[ "$EVALUATE" == 1 ]]; then
 fi
 say "Done"
 "$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" 9>&-
+tell_of_run "$RUN_DIR" "$DATA_DIR"

@@ -100,7 +100,7 @@ def _record(args: argparse.Namespace) -> int:
     from medr1_verl.audit.sources import record
 
     key = load_private_key(args.key) if args.key else None
-    count = record(args.source, args.output, args.data, args.model, key)
+    count = record(args.source, args.output, args.data, args.model, key, args.again)
     print(f"{args.output}: {count} answers (medr1 audit verify {args.output})")
     return 0
 
@@ -135,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--data", nargs="+", type=Path, default=[], metavar="PARQUET", help="the rows that were asked")
     one.add_argument("--model", metavar="DIR", help="the model's folder, for the digest of its weights")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM or OpenSSH) that signs the log")
+    one.add_argument(
+        "--again", action="store_true", help="a log that is there with other answers is renamed and a new one written"
+    )
     one.set_defaults(call=_record)
     return parser
 

@@ -295,9 +295,55 @@ def test_log_of_validation_dumps(tmp_path, data):
     assert unique["score"] == {"score": 2.0, "acc": 1, "format": 1, "parsed": 1}
 
 
+def test_dumps_that_name_their_rows(tmp_path, data):
+    """Rows with one prompt and answer are told apart; one asked in other words keeps its name, not its options."""
+    named = [
+        dump(0, "Which one?") | {"question_id": "q0", "image_sha256": f"{0:064x}"},
+        dump(1, "Which one?") | {"question_id": "q1", "image_sha256": f"{1:064x}"},
+        dump(2, "Asked otherwise?") | {"question_id": "q2", "image_sha256": f"{2:064x}"},
+    ]
+    (tmp_path / "5.jsonl").write_text("".join(json.dumps(one) + "\n" for one in named))
+    log = tmp_path / "log.jsonl"
+    command = ["audit", "record", str(tmp_path / "5.jsonl"), "--data", str(data), "--output", str(log)]
+    assert medr1(command) == 0
+    found = answers(log)
+    assert [one["question_id"] for one in found] == ["q0", "q1", "q2"]
+    assert [one["images"][0]["source_sha256"] for one in found] == [f"{number:064x}" for number in range(3)]
+    assert [one["options"] for one in found] == [OPTIONS, OPTIONS, None]
+    assert [one["modality"] for one in found] == ["ct"] * 3
+
+
+def test_a_log_made_again(tmp_path, data, capsys):
+    """The same answers leave it as it is; more of them set it aside, and the new log names its root."""
+    folder, log = tmp_path / "validation", tmp_path / "log.jsonl"
+    folder.mkdir()
+    command = ["audit", "record", str(folder), "--data", str(data), "--output", str(log), "--again"]
+    (folder / "0.jsonl").write_text(json.dumps(dump(4, "Which one of 4?", 0)) + "\n")
+    assert medr1(command) == 0
+    before, root = log.read_bytes(), verify(log).root
+    assert medr1(command) == 0
+    assert log.read_bytes() == before
+    (folder / "5.jsonl").write_text(json.dumps(dump(4, "Which one of 4?", 5)) + "\n")
+    assert medr1(command) == 0
+    assert verify(log).good
+    assert [one["step"] for one in answers(log)] == [0, 5]
+    assert json.loads(log.read_text().splitlines()[0])["follows"] == root
+    assert (tmp_path / "log.1.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        (
+            "0.jsonl",
+            json.dumps(dump(0, "Which one?") | {"question_id": "q99"}) + "\n",
+            "line 1: question 'q99' is not in the data given",
+        ),
+        (
+            "0.jsonl",
+            json.dumps(dump(0, "Which one?") | {"question_id": "q0", "image_sha256": "f" * 64}) + "\n",
+            "line 1: question 'q0' has another image",
+        ),
         ("0.jsonl", "{", "line 1: is not JSON"),
         ("0.jsonl", '{"input": "x"}\n', "line 1: is no validation answer"),
         ("0.jsonl", "", "holds no answer"),
