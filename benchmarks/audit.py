@@ -16,6 +16,7 @@ import io
 import json
 import platform
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,6 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from medr1_verl import cpu
 from medr1_verl.audit.trail import Trail
 from medr1_verl.audit.verify import verify
 from medr1_verl.embedded import phantoms
@@ -217,6 +219,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help=f"of {CHUNK} answers by the engine, each way")
     parser.add_argument("--model", help="directory or hub id (default: an untrained tiny Qwen2-VL)")
     arguments = parser.parse_args()
+    if shutil.which("nvidia-smi") is None:
+        cpu.activate()
     with tempfile.TemporaryDirectory() as folder:
         result: dict[str, Any] = {
             "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"

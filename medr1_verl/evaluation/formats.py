@@ -67,7 +67,7 @@ def markdown(tables: dict[str, Any]) -> str:
     for by, title in TITLES.items():
         if tables[by] is not None:
             parts += [f"## {title}", _matrix_markdown(tables[by], tables["base"])]
-    parts += ["## Runs", _runs_markdown(tables["runs"])]
+    parts += ["## Runs", _runs_markdown(tables["runs"], tables["base"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -203,10 +203,12 @@ _RUN_COLUMNS = (
 )
 
 
-def _runs_markdown(runs: Sequence[dict[str, Any]]) -> str:
+def _runs_markdown(runs: Sequence[dict[str, Any]], base: str | None) -> str:
     shown = [(label, key) for label, key in _RUN_COLUMNS if any(run.get(key) is not None for run in runs)]
     controls = list(dict.fromkeys(control for run in runs for control in run["controls"]))
-    header = ["run", "style", "accuracy", *(label for label, _ in shown), *(f"minus {control}" for control in controls)]
+    gained = any("gain" in run for run in runs)
+    header = ["run", "style", "accuracy", *([f"over {base}"] if gained else [])]
+    header += [*(label for label, _ in shown), *(f"minus {control}" for control in controls)]
     lines = []
     for run in runs:
         values = [str(run[key]) if isinstance(run.get(key), int) else number(run.get(key)) for _, key in shown]
@@ -214,7 +216,8 @@ def _runs_markdown(runs: Sequence[dict[str, Any]]) -> str:
             _interval(run["controls"][control]["difference"], "points") if control in run["controls"] else MISSING
             for control in controls
         ]
-        lines.append([run["run"], run["style"], _interval(run), *values, *differences])
+        over = _gain(run) + (f"<br>p {run['mcnemar']['p']:.2g}" if "mcnemar" in run else "")
+        lines.append([run["run"], run["style"], _interval(run), *([over] if gained else []), *values, *differences])
     return _grid(header, lines)
 
 

@@ -160,7 +160,7 @@ def build(
         made[by] = (
             _Matrix(by, questions, members, own or members, settings, base, training).build() if members else None
         )
-    made["runs"] = _overview(questions, runs, settings, training)
+    made["runs"] = _overview(questions, runs, settings, base, training)
     return made
 
 
@@ -339,11 +339,19 @@ class _Matrix:
         return {"unleaked_n": int(kept.sum()), "unleaked_accuracy": 100 * float(values.mean()) if kept.any() else None}
 
     def _mcnemar(self, run: Run, rows: NDArray[np.bool_]) -> Cell:
-        if self.base is None or run is self.base or not (rows & self.base.asked()).any():
+        if self.base is None or run is self.base:
             return {}
-        own, other = (one.measures["none"][self.measure][rows] > 0 for one in (run, self.base))
-        run_only, base_only = int((own & ~other).sum()), int((other & ~own).sum())
-        return {"mcnemar": {"run_only": run_only, "base_only": base_only, "p": mcnemar(run_only, base_only)}}
+        return _mcnemar(run, self.base, rows, self.measure)
+
+
+def _mcnemar(run: Run, base: Run, rows: NDArray[np.bool_], measure: str) -> Cell:
+    """McNemar's test on those of ``rows`` that both answered; {} where there are none."""
+    both = rows & run.asked() & base.asked()
+    if not both.any():
+        return {}
+    own, other = (one.measures["none"][measure][both] > 0 for one in (run, base))
+    run_only, base_only = int((own & ~other).sum()), int((other & ~own).sum())
+    return {"mcnemar": {"run_only": run_only, "base_only": base_only, "p": mcnemar(run_only, base_only)}}
 
 
 def _ratio(hits: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -356,9 +364,11 @@ def _order(by: str, slug: str | None) -> int:
 
 
 def _overview(
-    questions: Questions, runs: Sequence[Run], settings: Settings, training: TrainingRows | None
+    questions: Questions, runs: Sequence[Run], settings: Settings, base: str | None, training: TrainingRows | None
 ) -> list[dict[str, Any]]:
-    """One row for each run over all that it answered: readings, format, lengths, controls, blind baselines."""
+    """One row for each run over all that it answered: readings, format, lengths, controls, blind baselines, and the
+    gain over the base on the rows that both answered.
+    """
     counts = _Counts(questions.image, np.any([run.asked() for run in runs], axis=0))
     measure = READINGS[settings.reading]
     shares: dict[tuple[str, str], tuple[_Share, _Share]] = {}
@@ -370,6 +380,14 @@ def _overview(
                     counts.add(measures[measure], both),
                     counts.add(run.measures["none"][measure], both),
                 )
+    compared = next((run for run in runs if run.name == base), None)
+    gains: dict[str, tuple[_Share, _Share]] = {}
+    for run in runs:
+        if compared is not None and run is not compared and (both := run.asked() & compared.asked()).any():
+            gains[run.name] = (
+                counts.add(run.measures["none"][measure], both),
+                counts.add(compared.measures["none"][measure], both),
+            )
     counts.draw(settings.replicates, settings.seed)
     n_options = np.array(questions.n_options)
     rows = []
@@ -406,6 +424,11 @@ def _overview(
                 continue
             without, same = [_Estimate.of(counts, share) for share in shares[run.name, control]]
             row["controls"][control] = without.as_cell(settings) | {"difference": same.minus(without, settings)}
+        if compared is not None and run.name in gains:
+            mine, theirs = (_Estimate.of(counts, share) for share in gains[run.name])
+            relative = 100 * (mine.value / theirs.value - 1) if theirs.value else None
+            row["gain"] = mine.minus(theirs, settings) | {"relative": relative, "n": mine.rows}
+            row |= _mcnemar(run, compared, asked, measure)
         if training is not None:
             row |= _blind(questions, run, asked, training)
         rows.append(row)

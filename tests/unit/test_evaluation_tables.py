@@ -347,6 +347,39 @@ def test_styles_are_not_mixed_silently(tmp_path):
         made([str(paths[0])], base="nobody")
 
 
+def test_three_styles_in_one_table(tmp_path, capsys):
+    """Think, no-think and think-after on the same rows: accuracy, difference to one of them, form and lengths."""
+    lengths = {"think": [60, 70, 80, 90, 100, 110], "no-think": [6] * 6, "think-after": [50, 50, 50, 50, 50, 256]}
+    right = {"think": "111000", "no-think": "111100", "think-after": "11x000"}
+    for style, tokens in lengths.items():
+        for question, hit, count in zip(QUESTIONS, right[style], tokens, strict=True):
+            more = {"tokens": count, "truncated": int(count == 256), "format": int(hit != "x")}
+            write(tmp_path / style / "predictions.jsonl", style, hit, style=style, questions=[question], **more)
+    sources = [str(tmp_path / style) for style in lengths]
+    assert main([*sources, "--styles", "--base", "think", "--output", str(tmp_path / "out"), "--formats", "json"]) == 0
+    runs = {run["run"]: run for run in json.loads((tmp_path / "out" / "tables.json").read_text())["runs"]}
+    assert {name: run["style"] for name, run in runs.items()} == {style: style for style in lengths}
+    assert {name: run["accuracy"] for name, run in runs.items()} == pytest.approx(
+        {"think": 50, "no-think": 100 * 4 / 6, "think-after": 100 * 2 / 6}
+    )
+    assert {name: run["tokens_mean"] for name, run in runs.items()} == pytest.approx(
+        {"think": 85, "no-think": 6, "think-after": (5 * 50 + 256) / 6}
+    )
+    assert {name: run["tokens_median"] for name, run in runs.items()} == {"think": 85, "no-think": 6, "think-after": 50}
+    assert runs["think-after"]["truncated"] == runs["think-after"]["unparsed"] == pytest.approx(100 / 6)
+    assert runs["think-after"]["format"] == pytest.approx(100 * 5 / 6)
+    assert "gain" not in runs["think"]
+    gain = runs["no-think"]["gain"]
+    assert (gain["points"], gain["relative"], gain["n"]) == pytest.approx((100 / 6, 100 / 3, 6))
+    assert runs["no-think"]["mcnemar"] == {"run_only": 1, "base_only": 0, "p": 1}
+    assert runs["think-after"]["gain"]["points"] == pytest.approx(-100 / 6)
+    printed = capsys.readouterr().out
+    assert "| run | style | accuracy | over think |" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("| no-think | no-think | 66.67 ["))
+    assert "+16.67 [" in line
+    assert "| 6.00 | 6.00 |" in line, "mean and median of the tokens"
+
+
 # --- what is written
 
 
