@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import socket
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,42 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data: {folder} is absent")
     return folder
+
+
+PRIVATE = {
+    "LOGNAME": "login-of-a-person",
+    "USER": "login-of-a-person",
+    "HOSTNAME": "host-in-radiology",
+    "HOME": "/home/somebody",
+    "OPENAI_API_KEY": "key-of-the-environment",
+    "HF_TOKEN": "key-of-the-environment",
+    "SLURM_JOB_NODELIST": "value-of-the-environment",
+}
+
+
+@pytest.fixture
+def nothing_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Sets an environment that gives a person, a host and keys away; the function that it returns fails for files that
+    hold any of these, a path of this machine, its name, or one of ``more``. Zip files are looked into.
+    """
+    machine = (socket.gethostname(), str(Path.home()), str(tmp_path), str(tmp_path.parent))
+    for name, value in PRIVATE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: PRIVATE["HOSTNAME"])
+
+    def check(*files: Path, more: Iterable[str] = ()) -> None:
+        words = {word for word in (*machine, *PRIVATE.values(), "somebody", *more) if word}
+        for file in files:
+            contents = {file.name: file.read_bytes()}
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    contents |= {name: archive.read(name) for name in archive.namelist()}
+            for name, content in contents.items():
+                assert content, name
+                for word in words:
+                    assert word.encode() not in content, (name, word)
+
+    return check
 
 
 @pytest.fixture(scope="session")

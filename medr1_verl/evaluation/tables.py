@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.runs import READINGS, Questions, Run, TrainingRows
-from medr1_verl.evaluation.statistics import REPLICATES, bootstrap_sums, mcnemar, percentile_interval, share_interval
+from medr1_verl.evaluation.statistics import REPLICATES, bootstrap_sums, difference_interval, mcnemar, share_interval
 from medr1_verl.prompt import LETTERS
 from medr1_verl.slices import SLUGS
 
@@ -122,8 +122,10 @@ class _Estimate:
         return {"accuracy": 100 * self.value, "low": 100 * low, "high": 100 * high, "n": self.rows}
 
     def minus(self, other: _Estimate, settings: Settings) -> Cell:
-        low, high = percentile_interval(self.replicates - other.replicates, settings.level)
-        return {"points": 100 * (self.value - other.value), "low": 100 * low, "high": 100 * high}
+        images = int((self.shown | other.shown).sum())
+        difference = self.value - other.value
+        low, high = difference_interval(difference, self.replicates - other.replicates, images, settings.level)
+        return {"points": 100 * difference, "low": 100 * low, "high": 100 * high}
 
 
 def build(

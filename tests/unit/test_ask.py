@@ -82,6 +82,17 @@ def test_one_question(tmp_path, model, capsys):
     assert str(tmp_path) not in log.read_text()
 
 
+def test_nothing_in_it_names_a_place_or_a_person(tmp_path, model, nothing_private):
+    """Neither the machine nor what an image file says of the patient."""
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("PatientName", "Jane Roe")
+    (tmp_path / "roe-jane-1970.png").write_bytes(png(pnginfo=info))
+    assert medr1(["ask", "--model", model, "roe-jane-1970.png", "Which color?", "--audit", "log.jsonl"]) == 0
+    nothing_private(tmp_path / "log.jsonl", more=["Jane", "jane"])
+
+
 def test_each_call_has_a_log_of_its_own(tmp_path, model):
     assert medr1(["ask", "--model", model, "image.png", "Which color?"]) == 0
     (log,) = tmp_path.glob("asked-*.jsonl")

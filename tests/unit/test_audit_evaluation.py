@@ -159,12 +159,19 @@ def test_weights_digest_is_sha256sums(model):
     assert folder_sha256(model) == printed.split()[0]
 
 
-def test_nothing_in_it_names_a_place_or_a_person(tmp_path, data, model, engine):
+def test_nothing_in_it_names_a_place_or_a_person(tmp_path, data, model, engine, nothing_private):
+    """Nor do the log of validation dumps, the table, and the log that Inspect reads."""
     log = tmp_path / "audit.jsonl"
-    evaluate(str(model), [data], [Pass()], tmp_path / "out", audit=log)
-    text = log.read_text()
-    for private in (str(tmp_path), "somebody", socket.gethostname(), str(Path.home())):
-        assert private not in text
+    evaluate(str(model), [data], [Pass(), Pass("blank")], tmp_path / "out", audit=log)
+    (tmp_path / "5.jsonl").write_text(json.dumps(dump(4, "Which one of 4?")) + "\n")
+    validation = tmp_path / "validation-audit.jsonl"
+    command = ["audit", "record", str(tmp_path / "5.jsonl"), "--data", str(data), "--output", str(validation)]
+    assert medr1([*command, "--model", str(model)]) == 0
+    assert to_csv(log, tmp_path / "log.csv") == 2 * ROWS
+    nothing_private(log, validation, tmp_path / "log.csv", tmp_path / "out" / "predictions.jsonl")
+    pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed")
+    assert medr1(["audit", "export", str(log), "--format", "inspect", "--output", str(tmp_path / "logs")]) == 0
+    nothing_private(*sorted((tmp_path / "logs").glob("*.eval")))
 
 
 @pytest.mark.parametrize(
