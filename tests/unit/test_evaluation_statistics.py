@@ -160,7 +160,7 @@ def difference_coverage(first, second, images, agreement, same, repeats=1000, dr
     else [(0.6, 0.5, 50, 0.5, 0), (0.97, 0.9, 50, 0.5, 0.8)],
 )
 def test_differences_cover_too(first, second, images, agreement, same):
-    """Never less than 93 %; the imagined images make it more than 95 % where there are few, or the two hardly differ."""
+    """Never less than 93 %; the imagined images make it more than 95 % where there are few, or where little differs."""
     found = difference_coverage(first, second, images, agreement, same)
     assert found >= 0.93
     if not same and first < 0.95:
