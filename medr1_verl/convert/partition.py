@@ -77,7 +77,7 @@ def group_images(
     for path in paths:
         if digest := sha256.get(path):
             joins["same_bytes"] += groups.join(by_bytes.setdefault(digest, path), path)
-    known = [path for path in paths if path in signatures]
+    known = [path for path in paths if path in signatures and by_bytes.get(sha256.get(path, ""), path) == path]
     if not known:
         return groups, joins
     thumbnails = np.frombuffer(b"".join(signatures[path] for path in known), np.uint8).reshape(len(known), -1)

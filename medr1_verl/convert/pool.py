@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import medr1_verl
 from medr1_verl.convert.publish import disk_error
 from medr1_verl.errors import UserError
 
-SHARD_IMAGES = 64
+SHARD_IMAGES = 64  # at most
 IMAGE_SECONDS = 180  # a single image that takes longer is given up
 
 
@@ -50,8 +52,6 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            text=True,
-            bufsize=1,
         )
         self.last_reply = time.monotonic()
         self.send(settings)
@@ -59,14 +59,15 @@ class _Worker:
     def send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin
         self.last_reply = time.monotonic()
-        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
         self.process.stdin.flush()
 
-    def replies(self) -> Iterator[dict[str, Any]]:
+    def replies(self) -> Iterator[bytes]:
+        """Its lines, without the line break, as they come."""
         assert self.process.stdout
         for line in self.process.stdout:
             self.last_reply = time.monotonic()
-            yield json.loads(line)
+            yield line[:-1]
 
     def stop(self) -> None:
         self.process.kill()
@@ -75,6 +76,17 @@ class _Worker:
             if stream:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def shard_sizes(count: int) -> Iterator[int]:
+    """Number of images of each shard; only ``count`` decides.
+
+    The last shards get smaller and smaller, so that no worker is left with much to do while the others have nothing.
+    """
+    while count > 0:
+        size = min(SHARD_IMAGES, -(-count // 8))
+        count -= size
+        yield size
 
 
 class ImagePool:
@@ -96,14 +108,16 @@ class ImagePool:
     def _orders(self) -> list[dict[str, Any]]:
         settings = {key: value for key, value in self.settings.items() if key != "folder"}
         orders = []
-        for number, start in enumerate(range(0, len(self.images), SHARD_IMAGES)):
-            paths = list(self.images[start : start + SHARD_IMAGES])
+        images = iter(self.images)
+        for number, size in enumerate(shard_sizes(len(self.images))):
+            paths = list(itertools.islice(images, size))
             stamps = [file_stamp(self.settings["root"], path) for path in paths]
             key = hashlib.sha256(json.dumps([settings, paths, stamps]).encode()).hexdigest()
             orders.append({"shard": number, "key": key, "images": paths, "skip": {}})
         return orders
 
     def _finished(self, order: dict[str, Any]) -> dict[str, Any] | None:
+        """The index of a shard that is whole, with the key of ``order``."""
         stem = self.folder / f"{order['shard']:06d}"
         try:
             index = json.loads(stem.with_suffix(".json").read_bytes())
@@ -113,6 +127,14 @@ class ImagePool:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return index if complete else None
+
+    def _reusable(self, order: dict[str, Any]) -> bool:
+        """Whether an earlier run has left this shard, each picture as it was written: a power cut may spoil any."""
+        index = self._finished(order)
+        if index is None:
+            return False
+        with open(self.folder / f"{order['shard']:06d}.bin", "rb") as stream:
+            return all(zlib.crc32(stream.read(record["length"])) == record["crc"] for record in index["records"])
 
     def _serve(self, todo: queue.SimpleQueue, slots: list[_Worker | None], slot: int, bar: tqdm) -> None:
         try:
@@ -131,23 +153,21 @@ class ImagePool:
 
     def _one_shard(self, order: dict[str, Any], slots: list[_Worker | None], slot: int, bar: tqdm) -> bool:
         """True when the shard is complete; False when its worker died, whose image is then on the skip list."""
-        current, counted, code = None, 0, None
+        current, code = None, None
         try:
             worker = slots[slot]
             if worker is None:
                 worker = slots[slot] = _Worker(self.settings)
             worker.send(order)
             for reply in worker.replies():
-                if "fatal" in reply:
-                    raise disk_error(OSError(reply["errno"], reply["fatal"]), self.folder)
-                if "begun" in reply:
-                    current = 0
-                elif "finished" in reply:
-                    current = reply["finished"] + 1
-                    counted += 1
-                    bar.update(1)
-                elif "done" in reply:
+                if reply.isdigit():
+                    bar.update(int(reply) - (current or 0))
+                    current = int(reply)
+                elif reply == b"done":
                     return True
+                else:
+                    fault = json.loads(reply)
+                    raise disk_error(OSError(fault["errno"], fault["fatal"]), self.folder)
         except BrokenPipeError:
             pass
         if self._fatal is not None:
@@ -157,9 +177,9 @@ class ImagePool:
         if worker is not None:
             worker.stop()
             code = worker.process.returncode
-        bar.update(-counted)
-        if current is None or current == len(order["images"]):
+        if current is None or current == len(order["images"]) or str(current) in order["skip"]:
             raise UserError(f"a worker process ended between images (exit status {code}); run again with --resume")
+        bar.update(-current)
         order["skip"][str(current)] = f"the decoder crashed or took longer than {IMAGE_SECONDS} s"
         return False
 
@@ -168,7 +188,7 @@ class ImagePool:
         orders = self._orders()
         todo: queue.SimpleQueue = queue.SimpleQueue()
         for order in orders:
-            if self.resume and self._finished(order):
+            if self.resume and self._reusable(order):
                 self.reused += len(order["images"])
             else:
                 todo.put(order)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medr1_verl.errors import UserError
-from medr1_verl.schema import arrow_schema
+from medr1_verl.schema import arrow_schema, arrow_table
 
 # Small row groups: readers that meet more than 2 GiB of nested binary in one group fail ("Nested data conversions not
 # implemented for chunked array outputs", huggingface/datasets#7793).
@@ -26,7 +27,11 @@ MANIFEST = "manifest.json"
 
 
 class ParquetFile:
-    """Streams rows into one parquet file, one row group in memory. The bytes depend on the rows alone."""
+    """Streams rows into one parquet file. The bytes depend on the rows alone.
+
+    A thread encodes and writes a row group, mostly without Python's lock, while the next one is gathered and what is
+    on disk already is hashed: two row groups in memory at most.
+    """
 
     def __init__(self, path: Path, image_store: str):
         self.path = path
@@ -45,6 +50,10 @@ class ParquetFile:
             write_statistics=text_columns,
             store_schema=False,
         )
+        self._thread = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+        self._digest = hashlib.sha256()
+        self._written_bytes = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in close()
 
     def add(self, row: dict[str, Any], size: int) -> None:
         """Append a row of ``schema.make_row``; ``size`` is what its images take, in bytes."""
@@ -55,13 +64,37 @@ class ParquetFile:
 
     def _flush(self) -> None:
         if self._pending:
-            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self.schema))
+            try:
+                table = arrow_table(self._pending, self.schema)
+            except OverflowError as error:
+                first = self._pending[0]["extra_info"]["question_id"]
+                raise UserError(f"{error} (the one from question {first!r} on): use a smaller --image-size") from None
             self.rows += len(self._pending)
             self._pending, self._bytes = [], 0
+            self._wait()
+            self._written = self._thread.submit(self._writer.write_table, table)
+            self._hash()
 
-    def close(self) -> None:
+    def _wait(self) -> None:
+        """Until the row group that is being written is written; raises what that raised."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _hash(self) -> None:
+        """Take in what has been appended to the file: it is written front to back, nothing twice."""
+        while chunk := self._written_bytes.read(1 << 20):
+            self._digest.update(chunk)
+
+    def close(self) -> dict[str, Any]:
+        """Complete the file; returns its ``bytes`` and ``sha256``."""
         self._flush()
+        self._wait()
+        self._thread.shutdown()
         self._writer.close()
+        self._hash()
+        self._written_bytes.close()
+        return {"bytes": self.path.stat().st_size, "sha256": self._digest.hexdigest()}
 
 
 def _leaf_names(schema: pa.Schema) -> list[str]:

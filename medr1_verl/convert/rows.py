@@ -62,11 +62,13 @@ def write_rows(
     output: Path,
     questions: Sequence[Question],
     records: dict[str, dict[str, Any]],
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """The parquet files of ``questions`` below ``staged``, and with ``image_store`` path their image files too.
 
     ``records`` say where in ``shards`` each converted image is; ``output`` is the name that ``staged`` will have.
+    Returns ``bytes`` and ``sha256`` of each parquet file, by its path below ``staged``.
     """
+    written = {}
     extension = "jpg" if options.jpeg_quality else "png"
     template = None if options.template is None else load_template(options.template)
     store = _StoredImages(shards)
@@ -90,8 +92,9 @@ def write_rows(
                     extra = _extra_info(question, index, options.style, [record["sha256"] for record, _ in found])
                     parquet.add(make_row(images=pictures, prompt=text, extra_info=extra), size)
                     bar.update(1)
-                parquet.close()
+                written[parquet.path.relative_to(staged).as_posix()] = parquet.close()
     store.close()
+    return written
 
 
 def _image_file(staged: Path, sha256: str, extension: str, data: bytes) -> Path:

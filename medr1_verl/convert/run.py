@@ -221,14 +221,13 @@ def _publish(
     if staged.exists():  # an earlier run was stopped while it wrote
         shutil.rmtree(staged)
     staged.mkdir()
-    write_rows(options, staging / "shards", staged, output, text.questions, records)
+    written = write_rows(options, staging / "shards", staged, output, text.questions, records)
     publish.write_jsonl(staged / "rejected.jsonl", (row.as_dict() for row in text.rejected))
     for path in sorted(staged.rglob("*")):
         if path.is_file():
-            manifest["outputs"][path.relative_to(staged).as_posix()] = {
-                "bytes": path.stat().st_size,
-                "sha256": publish.sha256_file(path),
-            }
+            name = path.relative_to(staged).as_posix()
+            facts = written.get(name) or {"bytes": path.stat().st_size, "sha256": publish.sha256_file(path)}
+            manifest["outputs"][name] = facts
     publish.write_json(staged / publish.MANIFEST, manifest)
     publish.publish(staged, output)
     shutil.rmtree(staging)

@@ -4,9 +4,10 @@ Separate processes (``python -m medr1_verl.convert.worker``) rather than forks, 
 parent dies (their input closes), need no ``__main__`` guard in a user's script, and a decoder that crashes on a
 hostile file takes only its own process with it.
 
-An order is one JSON line: ``{"shard": n, "key": ..., "images": [...], "skip": {index: message}}``. Lines come
-back: ``begun``, ``finished`` for each image, and ``done`` when the shard is complete on disk: ``NNNNNN.bin`` (the
-converted files back to back) and ``NNNNNN.json`` (their records).
+An order is one JSON line: ``{"shard": n, "key": ..., "images": [...], "skip": {index: message}}``. A line comes back
+as each image is begun: its number, so that the parent knows at which one a process ended; and ``done`` when the shard
+is complete on disk: ``NNNNNN.bin`` (the converted files back to back) and ``NNNNNN.json`` (their records, with a CRC
+each: what a power cut has spoilt is found out without waiting for the disk after each shard).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,14 +110,11 @@ def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 
-def run_shard(order: dict[str, Any], settings: dict[str, Any], reply: Any) -> None:
+def run_shard(order: dict[str, Any], settings: dict[str, Any], reply: Callable[[str], None]) -> None:
     """Convert the images of one order and leave the shard's two files, the index last."""
-    reply({"begun": order["shard"]})
     folder = Path(settings["folder"])
     stem = f"{order['shard']:06d}"
     records: list[dict[str, Any]] = []
@@ -123,6 +122,7 @@ def run_shard(order: dict[str, Any], settings: dict[str, Any], reply: Any) -> No
     def write(stream: BinaryIO) -> None:
         offset = 0
         for number, relative in enumerate(order["images"]):
+            reply(str(number))
             if message := order["skip"].get(str(number)):
                 record, stored = {"path": relative, "error": ("unreadable_image", message)}, b""
             else:
@@ -131,12 +131,12 @@ def run_shard(order: dict[str, Any], settings: dict[str, Any], reply: Any) -> No
             record |= {"offset": offset, "length": len(stored), "crc": zlib.crc32(stored)}
             offset += len(stored)
             records.append(record)
-            reply({"finished": number})
+        reply(str(len(order["images"])))
 
     _replace(folder / f"{stem}.bin", write)
     index = json.dumps({"key": order["key"], "records": records}).encode()
     _replace(folder / f"{stem}.json", lambda stream: stream.write(index))
-    reply({"done": order["shard"]})
+    reply("done")
 
 
 def main() -> int:
@@ -152,18 +152,18 @@ def main() -> int:
         threading.Thread(target=leave_with_parent, daemon=True).start()
     Image.MAX_IMAGE_PIXELS = None  # images.check_size is stricter, and says so in a reason code
     settings = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    out = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a chatty decoder must not write between the replies
 
-    def reply(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
+    def reply(line: str) -> None:
+        os.write(out, f"{line}\n".encode())
 
     try:
         for line in sys.stdin:
             run_shard(json.loads(line), settings, reply)
     except OSError as error:
         with contextlib.suppress(OSError):
-            reply({"fatal": f"{error.strerror or error}", "errno": error.errno})
+            reply(json.dumps({"fatal": f"{error.strerror or error}", "errno": error.errno}))
         return 1
     return 0
 
