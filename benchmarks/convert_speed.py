@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed, size, fidelity and memory of the converter beside the ways people convert images today, in one run.
 
-    python benchmarks/convert_speed.py [--images 1000] [--out report.json]
+    python benchmarks/convert_speed.py [--images 1000] [--light] [--out report.json]
 
 Corpus: seeded synthetic pictures, 40 % PNG 224 x 224, 25 % JPEG 1024 x 768, 20 % JPEG 2048 x 1536, 15 % TIFF 512 x 512,
 with a little noise, so that a JPEG is about as large as a dermoscopy photograph of that size. All methods fit into
@@ -14,7 +14,8 @@ else the machine does hits all of them alike; figures are CPU seconds per 1,000 
   scripts have this shape too: one pass resizes, another builds the rows)
 * ``one map`` the same with the resize inside the script's own map function
 
-The last two need ``pip install datasets`` and are left out, saying so, where it is missing.
+The last two need ``pip install datasets`` and are left out, saying so, where it is missing. ``--light`` measures the
+converter as it is where its two wheels (isal and cykooz.resizer) cannot be installed.
 """
 
 from __future__ import annotations
@@ -197,6 +198,12 @@ def geo3k(root: Path, paths: list[str], folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- measurements
 
 
+def without_wheels() -> None:
+    """Make this process convert as one in which neither isal nor cykooz.resizer can be imported."""
+    png.deflate, png.ENCODER = png.zlib_runs, "png/zlib-rle"
+    images.lanczos, images.RESAMPLER = images._pillow_lanczos, "lanczos/pillow"
+
+
 def cpu_seconds() -> float:
     """User and system time of this process with all its threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -363,9 +370,14 @@ def main() -> int:
     p.add_argument("--images", type=int, default=1000)
     p.add_argument("--only", nargs="+", choices=("cpu", "quality", "workers", "memory", "text", "read"))
     p.add_argument("--methods", nargs="+", choices=("pillow", "geo3k", "one map"), help="beside medr1; default: all")
+    p.add_argument("--light", action="store_true", help="without isal and cykooz.resizer; parts: cpu, quality, read")
     p.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = p.parse_args()
-    wanted = arguments.only or ["cpu", "quality", "workers", "memory", "text", "read"]
+    wanted = arguments.only or ["cpu", "quality", "read", *(() if arguments.light else ("workers", "memory", "text"))]
+    if arguments.light:
+        if set(wanted) & {"workers", "memory", "text"}:
+            p.error("--light goes with --only cpu quality read")
+        without_wheels()
     figures: dict[str, Any] = {"machine": machine(), "resampler": images.RESAMPLER, "encoder": png.ENCODER}
     print(json.dumps(figures))
     methods: dict[str, Any] = {"medr1": medr1, "pillow": pillow}

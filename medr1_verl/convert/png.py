@@ -1,24 +1,35 @@
 """PNG encoding for pictures: cheap row filters and a fast deflate.
 
 Pillow's default encoder is what a conversion spends most of its time in (about 25 ms for a 384 px picture).
-ISA-L's igzip at level 1 needs about 1 ms for a few per cent more bytes; where its wheel is missing, zlib at level 1
-is used. Both are lossless; the manifest says which one wrote the file.
+ISA-L's igzip at level 1 needs about 1 ms for a few per cent more bytes. Where its wheel is missing, zlib with nothing
+but run lengths and Huffman codes is used: a filtered picture repeats itself so little that the files are as small as
+Pillow's own, where level 1 takes half as long again for 13 % more bytes. The manifest says which encoder it was.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-try:
-    from isal.isal_zlib import compress as _compress
 
+def zlib_runs(data: bytes) -> bytes:
+    """``data`` as a zlib stream of run lengths and Huffman codes alone."""
+    stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    return stream.compress(data) + stream.flush()
+
+
+try:
+    from isal.isal_zlib import compress
+
+    deflate: Callable[[bytes], bytes] = partial(compress, level=1)
     ENCODER = "png/igzip-1"
 except ImportError:
-    _compress = zlib.compress
-    ENCODER = "png/zlib-1"
+    deflate = zlib_runs
+    ENCODER = "png/zlib-rle"
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -78,7 +89,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     rows = np.ascontiguousarray(pixels).reshape(height, width * channels)
-    body = _compress(_filtered(rows, channels).tobytes(), 1)
+    body = deflate(_filtered(rows, channels).tobytes())
     return _file(_header(pixels), body)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from medr1_verl.convert import images
+from medr1_verl.convert import images, png
 from medr1_verl.convert.images import convert_image, fitted_size, visible
 from medr1_verl.convert.png import bare_png, encode_png
 from medr1_verl.convert.question import RejectedError
@@ -230,6 +230,21 @@ def test_png_is_lossless_and_plain(shape):
     image = Image.open(io.BytesIO(encode_png(pixels)))
     assert image.mode == ("L" if len(shape) == 2 else "RGB")
     assert np.array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("deflate", [png.deflate, png.zlib_runs], ids=["as installed", "without isal"])
+def test_size_is_within_a_tenth_of_pillows_default(deflate, monkeypatch):
+    monkeypatch.setattr(png, "deflate", deflate)
+    pictures = [np.asarray(photo(384, 288, seed)) for seed in range(3)]
+    pictures += [np.asarray(photo(384, 384).convert("L")), np.asarray(photo(224, 224).resize((112, 112)))]
+    for pixels in pictures:
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels)
+    ours, pillow = (sum(len(make(pixels)) for pixels in pictures) for make in (encode_png, pillows_default))
+    assert ours <= 1.1 * pillow
+
+
+def pillows_default(pixels: np.ndarray) -> bytes:
+    return file_of(Image.fromarray(pixels))
 
 
 def test_lossy_says_what_it_costs():
