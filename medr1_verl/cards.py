@@ -131,7 +131,8 @@ def _model_sentence(base: str, overrides: dict[str, str], summary: dict[str, Any
         text += f", trained by {how.upper()} with a verifiable reward"
     elif (summary or {}).get("loss_first") is not None:
         text += ", trained by supervised steps on the right answers"
-    text += f", from {base}." if base else "."
+    # Merged runs are folders called "model": that name says nothing to a reader.
+    text += f", from {base}." if base and base != "model" else "."
     if summary is not None:
         # A summary of another version may lack what the sentence needs: the tables have the figures all the same.
         with contextlib.suppress(KeyError, TypeError, ValueError):

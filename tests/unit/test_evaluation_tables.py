@@ -311,6 +311,13 @@ def test_only_the_promised_keys_are_needed(tmp_path):
             ],
             "'b' answered 2 of the 4 rows of ct",
         ),
+        (
+            lambda path: [
+                write(path / "a.jsonl", "a", "1" * 6),
+                write(path / "b.jsonl", "b", "1" * 6, questions=[("x" + q[0], *q[1:]) for q in QUESTIONS]),
+            ],
+            "'a' answered 4 of the 8 rows of ct that the other runs answered; evaluate all runs on the same rows",
+        ),
         (lambda path: [path / "empty.jsonl"] if (path / "empty.jsonl").touch() is None else [], "is empty"),
         (lambda path: [write(path / "a.jsonl", "a", "1" * 6), "x=" + str(path / "no.jsonl")], "no such file"),
     ],
