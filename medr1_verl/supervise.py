@@ -179,6 +179,16 @@ def _cause_in(log: Path) -> str | None:
     return next((line[:400] for line in reversed(lines) if _EXCEPTION.match(line)), None)
 
 
+def _killed(exit_code: int) -> str | None:
+    """What ended the trainer's process from outside, None if it ended by itself."""
+    if exit_code >= 0:
+        return None
+    name = signal.Signals(-exit_code).name
+    return f"the trainer's process was killed ({name})" + (
+        ": by hand, or by the system, which does that when memory runs out (dmesg)" if name == "SIGKILL" else ""
+    )
+
+
 class _VitalSigns:
     """Remembers the processes a run cannot do without, and notices when one is gone.
 
@@ -284,7 +294,8 @@ def supervise(
             _report_metrics(json.loads(line), run_dir, progress, watch, outcome, length_limit)
         outcome.failed_groups += sum(bool(_FAILED_GROUP.search(line)) for line in log_lines.lines())
         if trainer.returncode != 0:
-            outcome.cause = _cause_in(log) or f"the trainer ended with exit code {trainer.returncode}"
+            outcome.cause = _killed(trainer.returncode) or _cause_in(log)
+            outcome.cause = outcome.cause or f"the trainer ended with exit code {trainer.returncode}"
             if missing and not missing.startswith(vital.FRAME):  # Ray's own end is a consequence, not the cause
                 outcome.cause = f"{missing} died: {outcome.cause}"
         return outcome

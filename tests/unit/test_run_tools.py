@@ -256,6 +256,7 @@ def test_supervision_shows_steps_and_counts_failed_groups(tmp_path):
         ("raise ValueError('no such thing')", "ValueError: no such thing"),
         ("import sys; print('Could not override \\'a.b\\'.'); print('Key b is not in struct'); sys.exit(1)", "Key b"),
         ("import sys; sys.exit(7)", "exit code 7"),
+        ("import os; print('ValueError: an old one'); os.kill(os.getpid(), 9)", "was killed (SIGKILL): by hand, or by"),
         (
             "print('(WorkerDict pid=12) torch.OutOfMemoryError: too big'); raise SystemExit(1)",
             "OutOfMemoryError: too big",
