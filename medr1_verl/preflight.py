@@ -116,6 +116,23 @@ def check_batches(rows: int, train_batch: int, samples: int, mini_batch: int, gp
         )
 
 
+def check_parallel(tensor_parallel: int, gpus: int, model: str) -> None:
+    """GPUs of one engine against all GPUs and against the attention heads; verl and vLLM look when they start."""
+    if gpus % tensor_parallel:
+        works = math.gcd(gpus, tensor_parallel)
+        raise UserError(f"ROLLOUT_TP={tensor_parallel} does not divide the {gpus} GPUs; ROLLOUT_TP={works} works")
+    try:
+        heads = memory.shape_of(memory.config_of(model) or {}).heads
+    except UserError:
+        return
+    if heads % tensor_parallel:
+        works = math.gcd(heads, tensor_parallel)
+        raise UserError(
+            f"ROLLOUT_TP={tensor_parallel} does not divide the {heads} attention heads of {model}; "
+            f"ROLLOUT_TP={works} works"
+        )
+
+
 def check_lengths(prompt: int, response: int, tokens_per_gpu: int | None, model: str) -> None:
     """Prompt and response together against what the model was made for, and against the batches of one GPU.
 
@@ -194,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mini-batch", type=int, required=True, help="prompts an optimizer step")
     parser.add_argument("--samples", type=int, required=True, help="answers a prompt")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes together")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of one engine")
     parser.add_argument("--max-prompt", type=int, help="tokens of a prompt, image included")
     parser.add_argument("--max-response", type=int, help="tokens of an answer")
     parser.add_argument("--tokens-per-gpu", type=int, help="tokens of one forward pass")
@@ -211,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         raise UserError(f"MODEL_PATH: {error}") from None
     check_batches(rows, args.train_batch, args.samples, args.mini_batch, args.gpus)
+    check_parallel(args.tensor_parallel, args.gpus, args.model)
     if args.max_prompt is not None:
         check_lengths(args.max_prompt, args.max_response or 0, args.tokens_per_gpu, args.model)
         for path in (args.train, args.val):

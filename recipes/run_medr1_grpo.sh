@@ -27,6 +27,7 @@ DATA_DIR="${DATA_DIR:-}"                      # folder with train.parquet and te
 STYLE="${STYLE:-}"                            # think | no-think | think-after; default: the rows' own
 N_GPUS="${N_GPUS:-}"                          # GPUs of each node; default: all. On CPU: logical ones, 1
 NNODES="${NNODES:-1}"
+ROLLOUT_TP="${ROLLOUT_TP:-1}"                 # GPUs that share one engine's weights; 1 while the model fits on one
 RESUME="${RESUME:-auto}"                      # auto: go on from the last checkpoint of this name; disable: start anew
 GUARD="${GUARD:-stop}"                        # stop | warn | off: what to do when rollout and actor disagree
 DRY_RUN="${DRY_RUN:-}"                        # 1: print verl's command line, one argument a line, and end
@@ -57,6 +58,7 @@ require_integer KEEP_CHECKPOINTS 1
 require_run_name
 require_integer SEED 0
 require_integer NNODES 1
+require_integer ROLLOUT_TP 1
 choose_data_and_model
 
 # --- how to train ------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ VAL_FILE="$DATA_DIR/test.parquet"
 [[ -n "$DRY_RUN" ]] || "$PYTHON" -m medr1_verl.preflight --profile "$PROFILE" --run-dir "$RUN_DIR" \
   --train "$TRAIN_FILE" --val "$VAL_FILE" --model "$MODEL_PATH" --train-batch "$TRAIN_BATCH_SIZE" --mini-batch "$MINI_BATCH_SIZE" \
   --samples "$ROLLOUT_N" --gpus $((N_GPUS * NNODES)) --max-prompt "$MAX_PROMPT_LENGTH" --max-response "$MAX_RESPONSE_LENGTH" \
-  --tokens-per-gpu "$TOKENS_PER_GPU" --lora-rank "$LORA_RANK" --train-vision "$TRAIN_VISION" 9>&-
+  --tokens-per-gpu "$TOKENS_PER_GPU" --tensor-parallel "$ROLLOUT_TP" --lora-rank "$LORA_RANK" --train-vision "$TRAIN_VISION" 9>&-
 
 # --- what verl is told ---------------------------------------------------------------------------------------------
 DATA=(
@@ -175,7 +177,7 @@ ROLLOUT=(
   actor_rollout_ref.rollout.name=vllm
   actor_rollout_ref.rollout.n="$ROLLOUT_N"
   actor_rollout_ref.rollout.temperature="$TEMPERATURE"
-  actor_rollout_ref.rollout.tensor_model_parallel_size="${ROLLOUT_TP:-1}"
+  actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
   actor_rollout_ref.rollout.max_model_len=$((MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH))
   # verl's default, dummy, leaves vLLM >= 0.28 with random pixel normalisation: a blind engine, and no error.
   actor_rollout_ref.rollout.load_format=auto

@@ -76,6 +76,22 @@ def test_lora(rank, train_vision, named):
     assert said is None if named is None else named in said
 
 
+@pytest.mark.parametrize(
+    ("tensor_parallel", "gpus", "model", "named"),
+    [
+        (1, 3, QWEN, None),
+        (2, 8, QWEN, None),
+        (2, 3, QWEN, "ROLLOUT_TP=2 does not divide the 3 GPUs; ROLLOUT_TP=1 works"),
+        (4, 6, QWEN, "ROLLOUT_TP=2 works"),
+        (8, 8, QWEN, "does not divide the 12 attention heads of Qwen/Qwen2-VL-2B-Instruct; ROLLOUT_TP=4 works"),
+        (8, 8, "someone/unknown", None),
+    ],
+)
+def test_parallel(tensor_parallel, gpus, model, named):
+    said = refusal(preflight.check_parallel, tensor_parallel, gpus, model)
+    assert said is None if named is None else named in said
+
+
 # --- images -----------------------------------------------------------------------------------------------
 
 SIZES = [(384, 384, 196), (28, 28, 4), (112, 112, 16), (10, 10, 4), (640, 480, 391), (2800, 28, 100), (399, 385, 196)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +67,7 @@ def fake_driver(folder: Path, gpus: int) -> None:
 
 def recipe(name: str, tmp_path: Path, environment: dict[str, str], gpus: int, *arguments: str):
     fake_driver(tmp_path / "bin", gpus)
-    kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHON", "VIRTUAL_ENV")}
+    kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHON", "PYTHONPATH", "VIRTUAL_ENV")}
     path = f"{tmp_path / 'bin'}{os.pathsep}{Path(os.sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", str(ROOT / "recipes" / name), *arguments],
@@ -155,6 +159,70 @@ def test_adapters_and_the_vision_tower(case, expected, tmp_path):
 
     config = composed(tmp_path, *CASES[case])
     assert {key: OmegaConf.select(config.actor_rollout_ref, key) for key in expected} == expected
+
+
+# What the data, the model and the GPUs do not allow: (environment, what the line names, a value that works).
+BAD_INPUT = {
+    "rows that the mini-batches do not divide": (
+        {"TRAIN_BATCH_SIZE": "4", "MINI_BATCH_SIZE": "3"},
+        "MINI_BATCH_SIZE=3",
+        "1",
+    ),
+    "GPUs that do not divide the answers": ({"N_GPUS": "3"}, "MINI_BATCH_SIZE=4 x ROLLOUT_N=4", "MINI_BATCH_SIZE=12"),
+    "GPUs that one engine does not divide": (
+        {"N_GPUS": "4", "ROLLOUT_TP": "3"},
+        "ROLLOUT_TP=3 does not divide the 4 GPUs",
+        "ROLLOUT_TP=1",
+    ),
+    "too few rows for one batch": ({"TRAIN_BATCH_SIZE": "16"}, "TRAIN_BATCH_SIZE=16", "use at most 8"),
+    "longer than the model": (
+        {"MAX_PROMPT_LENGTH": "32000", "MAX_RESPONSE_LENGTH": "1024"},
+        "MAX_PROMPT_LENGTH=32000 + MAX_RESPONSE_LENGTH=1024",
+        "MAX_PROMPT_LENGTH=31744 works",
+    ),
+    "an answer larger than a forward pass": (
+        {"TOKENS_PER_GPU": "100"},
+        "TOKENS_PER_GPU=100",
+        "TOKENS_PER_GPU=1280 works",
+    ),
+    "images that fill the prompt": (
+        {"MAX_PROMPT_LENGTH": "150"},
+        "MAX_PROMPT_LENGTH=150",
+        "MAX_PROMPT_LENGTH=384 works",
+    ),
+    "adapters and the vision tower": (
+        {"LORA_RANK": "32", "TRAIN_VISION": "1"},
+        "LORA_RANK=32 with TRAIN_VISION=1",
+        "TRAIN_VISION=0 works",
+    ),
+    "a rank that vLLM does not take": ({"LORA_RANK": "600"}, "LORA_RANK=600", "LORA_RANK=512 works"),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("fault", BAD_INPUT)
+def test_bad_input_is_refused_before_ray_starts(fault, tmp_path):
+    """By the recipe itself: one line with the variable, its value and one that works; nothing of a run is left."""
+    pytest.importorskip("verl")
+    environment, named, works = BAD_INPUT[fault]
+    image = io.BytesIO()
+    Image.new("L", (384, 384)).save(image, "PNG")
+    row = {
+        "data_source": "omnimedvqa/ct",
+        "prompt": [{"role": "user", "content": "<image>What is it?"}],
+        "images": [{"bytes": image.getvalue()}],
+        "reward_model": {"style": "rule", "ground_truth": "A"},
+        "extra_info": {"index": 0, "options": ["a", "b"], "style": "think"},
+    }
+    for name in ("train", "test"):
+        pq.write_table(pa.Table.from_pylist([row] * 8), tmp_path / f"{name}.parquet")
+    given = {"DATA_DIR": str(tmp_path), "MODEL_PATH": "Qwen/Qwen2-VL-2B-Instruct"}
+    done = recipe("run_medr1_grpo.sh", tmp_path, given | environment, 0)
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr
+    assert works in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs" / "medr1-grpo-cpu").exists()
 
 
 def test_help_lists_the_variables_and_both_presets(tmp_path):
