@@ -123,7 +123,7 @@ choose_attention() {
     MODEL+=("$1.use_remove_padding=True")
   else
     # flash-attn mostly has to be compiled; without it padding stays in the batch, which costs time, not accuracy.
-    [[ "$PROFILE" == cpu ]] || say "flash-attn is not installed: using sdpa with padded batches" >&2
+    [[ "$PROFILE" == cpu ]] || say "flash-attn is not installed: sdpa and padded batches instead; the same result, slower, more memory (medr1 doctor counts it)" >&2
     MODEL+=("$1.use_remove_padding=False" "+$1.override_config.attn_implementation=sdpa")
   fi
   # Activations are computed again in the backward pass: a third more time, a fraction of the memory.

@@ -4,6 +4,7 @@
 #   MODEL_PATH=runs/NAME/model DATA_DIR=data/omnimedvqa bash recipes/evaluate.sh
 #   MODEL_PATH=Qwen/Qwen2-VL-72B-Instruct BASE_URL=http://host:8000/v1 DATA_DIR=... bash recipes/evaluate.sh
 #   more arguments go to `medr1 evaluate`; what is answered already is not asked again
+{ # bash reads to the closing brace before it starts: an edit or a git pull does not reach a run that is on
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ "${1:-}" == -h || "${1:-}" == --help ]] && { sed -n '2,6p' "${BASH_SOURCE[0]}"; grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'; exit 0; }
@@ -57,3 +58,5 @@ say "Evaluating $MODEL_PATH on $DATA_DIR"
 "${EVALUATION[@]}"
 # Recipes that evaluate several times, or sum up afterwards, make tables, page and cards themselves.
 [[ -n "${NO_TABLES:-}" ]] || { say "Tables, page and cards"; "${TABLES[@]}" | tail -n 1; tell_of_run "$RUN_DIR" "$DATA_DIR"; }
+exit
+}

@@ -6,6 +6,7 @@
 #   DATA_DIR=... bash recipes/run_medr1_grpo.sh trainer.test_freq=50     more arguments go to hydra last, and win
 #
 # Every variable below can be set from the environment.
+{ # bash reads to the closing brace before it starts: an edit or a git pull does not reach a run that is on
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/recipes/presets.sh"
@@ -195,8 +196,6 @@ REWARD=(
 TRAINER=(
   algorithm.adv_estimator=grpo
   algorithm.use_kl_in_reward=False
-  algorithm.filter_groups.enable="$( (( FILTER_GROUPS )) && echo True || echo False)"
-  algorithm.filter_groups.metric=score  # the whole reward: groups that have no advantage, not only those with one accuracy
   trainer.project_name=medr1
   trainer.experiment_name="$RUN_NAME"
   trainer.logger='[console,file]'
@@ -212,6 +211,11 @@ TRAINER=(
   trainer.resume_mode="$RESUME"
 )
 [[ -z "$TOTAL_STEPS" ]] || TRAINER+=(trainer.total_training_steps="$TOTAL_STEPS" trainer.total_epochs=1000)
+if (( FILTER_GROUPS )); then
+  # By the whole reward: groups that have no advantage, not only those of one accuracy. verl samples until the batch is
+  # full, so a run whose every group is alike never ends a step: STALL_SECONDS then does.
+  TRAINER+=(algorithm.filter_groups.enable=True algorithm.filter_groups.metric=score)
+fi
 [[ -z "$STYLE" ]] || {
   DATA+=(data.custom_cls.path=pkg://medr1_verl.dataset data.custom_cls.name=MedVQADataset +data.medr1.style="$STYLE")
   REWARD+=(+reward.custom_reward_function.reward_kwargs.style="$STYLE")
@@ -293,3 +297,5 @@ say "Done"
 "$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" ${before:+--before "$before"} 9>&-
 # The embedded default keeps the answers before training beside its data; else they are in the run folder.
 tell_of_run "$RUN_DIR" "$VAL_FILE" ${embedded:+${before:+"$before"}}
+exit
+}

@@ -7,6 +7,7 @@
 #   more arguments go to hydra last, and win
 #
 # Every variable below can be set from the environment.
+{ # bash reads to the closing brace before it starts: an edit or a git pull does not reach a run that is on
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ "${1:-}" == -h || "${1:-}" == --help ]] && { sed -n '2,10p' "${BASH_SOURCE[0]}"; grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'; exit 0; }
@@ -135,3 +136,5 @@ fi
 say "Done"
 "$PYTHON" -m medr1_verl.summary "$RUN_DIR" --model "$MODEL_PATH" --seed "$SEED" 9>&-
 tell_of_run "$RUN_DIR" "$DATA_DIR"
+exit
+}

@@ -32,12 +32,16 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("MEDR1_COMPAT_CACHE") or Path.home() / ".cache" / "medr1-verl")
 
+FILTER_GROUPS = ("algorithm.filter_groups.enable", "algorithm.filter_groups.metric")  # of PRESET=verl
 # Keys of the recipe's command line that a release does not have: README, "Versions".
 UNKNOWN_KEYS = {
     "0.9.1": set(),
     "0.9.0": set(),
-    "0.8.0": {"actor_rollout_ref.rollout.seed"},
-    "0.7.1": {"actor_rollout_ref.rollout.seed", "transfer_queue.backend.SimpleStorage.num_data_storage_units"},
+    "0.8.0": {"actor_rollout_ref.rollout.seed", *FILTER_GROUPS},
+    "0.7.1": {
+        *("actor_rollout_ref.rollout.seed", "transfer_queue.backend.SimpleStorage.num_data_storage_units"),
+        *FILTER_GROUPS,
+    },
 }
 COMPOSING = [version for version, keys in UNKNOWN_KEYS.items() if not keys]
 

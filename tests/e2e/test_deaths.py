@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,44 +23,53 @@ DEATHS = {
 }
 
 
-def test_every_death_is_named_and_the_same_command_goes_on(prepared, waiting):
-    run = prepared.run_dir("killed").resolve()
-    settings = {"TOTAL_STEPS": "60", "SAVE_FREQ": "1", "VAL_SAMPLES": "8", "EVALUATE": "0"}
+SETTINGS = {"TOTAL_STEPS": "60", "SAVE_FREQ": "1", "VAL_SAMPLES": "8", "EVALUATE": "0"}
 
-    def steps_of_this_start() -> int:
-        """Steps since the last start: what earlier ones did is set aside under another name."""
-        metrics = run / "metrics.jsonl"
-        return metrics.read_text().count("training/global_step") if metrics.exists() else 0
 
-    gone_on_from = None
-    for victim, (title, named) in DEATHS.items():
-        process = prepared.start("killed", **settings)
-        # The file of an interrupted start lies there until the next one sets it aside.
-        waiting(process, lambda: (run / "logs").is_dir() and not (run / "supervision.json").exists(), 120)
-        waiting(process, lambda: steps_of_this_start() > 0, 400)
-        pid = min(p for p in processes.marked(run) if title in processes.title(p))
-        os.kill(pid, signal.SIGKILL)
-        killed = time.monotonic()
-        output, _ = process.communicate(timeout=150)
-        assert time.monotonic() - killed < 120, victim
-        assert process.returncode == 1, victim
-        failure = next(line for line in output.splitlines() if line.startswith("training failed: "))
-        assert named in failure, victim
-        assert processes.marked(run) == [], victim
-        if gone_on_from is not None:
-            assert f"going on from step {gone_on_from}" in output, victim
-        gone_on_from = step_of(whole_checkpoint(run))
+def started(prepared, waiting, run: Path) -> subprocess.Popen:
+    """The run, once it has done a step in this start."""
+    metrics = run / "metrics.jsonl"
+    process = prepared.start(run.name, **SETTINGS)
+    # What the start before has left is set aside first.
+    waiting(process, lambda: (run / "logs").is_dir() and not (run / "supervision.json").exists(), 120)
+    waiting(process, lambda: metrics.exists() and "training/global_step" in metrics.read_text(), 400)
+    return process
 
-    process = prepared.start("killed", **settings)
-    waiting(process, lambda: not (run / "supervision.json").exists(), 120)
-    waiting(process, lambda: steps_of_this_start() > 0, 400)
+
+def die(prepared, waiting, run: Path, victim: str) -> str:
+    """Start or go on, kill the victim; what the run printed."""
+    title, named = DEATHS[victim]
+    process = started(prepared, waiting, run)
+    os.kill(min(p for p in processes.marked(run) if title in processes.title(p)), signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=150)
+    assert time.monotonic() - killed < 120
+    assert process.returncode == 1
+    assert named in next(line for line in output.splitlines() if line.startswith("training failed: "))
+    assert processes.marked(run) == []
+    return output
+
+
+def interrupt(prepared, waiting, run: Path) -> str:
+    """Go on, then Ctrl-C; what the run printed."""
+    process = started(prepared, waiting, run)
     os.killpg(process.pid, signal.SIGINT)
     try:
         output, _ = process.communicate(timeout=60)
     finally:
         os.killpg(process.pid, signal.SIGTERM) if process.poll() is None else None
-    assert f"going on from step {gone_on_from}" in output
     assert process.returncode == 130
     assert processes.marked(run) == []
-    steps = [step for step in read_metrics(run) if step]
-    assert steps == list(range(1, steps[-1] + 1)), "no step is missing over four starts"
+    return output
+
+
+def test_every_death_is_named_and_the_same_command_goes_on(prepared, waiting):
+    run = prepared.run_dir("killed").resolve()
+    steps = []
+    for victim in DEATHS:
+        output = die(prepared, waiting, run, victim)
+        assert not steps or f"going on from step {steps[-1]}" in output, victim
+        steps.append(step_of(whole_checkpoint(run)))
+    assert f"going on from step {steps[-1]}" in interrupt(prepared, waiting, run)
+    done = [step for step in read_metrics(run) if step]
+    assert done == list(range(1, done[-1] + 1)), "no step is missing over four starts"

@@ -101,7 +101,16 @@ def test_a_frozen_vision_tower_stays_bit_for_bit(two_workers, prepared):
 
 @pytest.fixture(scope="module")
 def adapters(prepared) -> Path:
-    more = {"LORA_RANK": "8", "LR": "5e-3", "TOTAL_STEPS": "3", "SAVE_FREQ": "3", "VAL_SAMPLES": "8", "EVAL_LIMIT": "8"}
+    """LoRA in a modern GRPO: two updates a rollout, no reference policy, groups without an advantage replaced."""
+    more = {
+        "PRESET": "verl",
+        "LORA_RANK": "8",
+        "LR": "5e-3",
+        "TOTAL_STEPS": "3",
+        "SAVE_FREQ": "3",
+        "VAL_SAMPLES": "8",
+        "EVAL_LIMIT": "8",
+    }
     prepared.run("adapters", **more)
     return prepared.run_dir("adapters")
 
@@ -111,6 +120,13 @@ def test_the_engine_samples_with_the_adapters(adapters):
     pearson = [m[PEARSON] for m in read_metrics(adapters).values() if PEARSON in m]
     assert len(pearson) == 3
     assert min(pearson) >= 0.99
+
+
+def test_no_group_without_an_advantage_is_trained_on(adapters):
+    for step, metrics in read_metrics(adapters).items():
+        if step:
+            assert metrics["critic/advantages/max"] > 0 > metrics["critic/advantages/min"]
+            assert "actor/kl_loss" not in metrics, "there is no reference policy"
 
 
 def test_the_merged_model_is_the_base_and_the_adapters(adapters, prepared):

@@ -46,7 +46,7 @@ PRESETS = {
     "actor_rollout_ref.actor.clip_ratio_low": (0.2, 0.2),
     "actor_rollout_ref.actor.clip_ratio_high": (0.2, 0.28),
     "algorithm.filter_groups.enable": (False, True),
-    "algorithm.filter_groups.metric": ("score", "score"),
+    "algorithm.filter_groups.metric": ("reward", "score"),
     "actor_rollout_ref.actor.optim.lr": (1e-6, 1e-6),
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ("cosine", "constant"),
     "actor_rollout_ref.actor.optim.weight_decay": (0.0, 0.01),
