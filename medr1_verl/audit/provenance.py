@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medr1_verl.prompt import Template
+from medr1_verl.taxonomy import MODALITIES, QUESTION_TYPES
 
 PACKAGES = (
     "medr1-verl",
@@ -125,11 +126,12 @@ def data_provenance(files: Iterable[Path]) -> list[dict[str, Any]]:
         manifest = next(
             (m for m in (file.parent / "manifest.json", file.parent.parent / "manifest.json") if m.is_file()), None
         )
+        # A folder's name may be anybody's; a slice's is one that this package gave.
+        in_slice = file.parent.name in (*MODALITIES, *QUESTION_TYPES)
+        below = manifest is not None and manifest.parent != file.parent
         found.append(
             {
-                "file": file.name
-                if manifest is None or manifest.parent == file.parent
-                else f"{file.parent.name}/{file.name}",
+                "file": f"{file.parent.name}/{file.name}" if in_slice or below else file.name,
                 "sha256": file_sha256(file),
                 "manifest_sha256": None if manifest is None else file_sha256(manifest),
             }

@@ -86,7 +86,7 @@ def run_section(summary: dict[str, Any] | None, sentence: str, audit: Audit) -> 
     for context in audit.contexts:
         model = context.get("model", {})
         parts.append(
-            "<h3>Provenance, from the audit log</h3>"
+            f"<h3>Provenance, from the audit log ({escape(str(context.get('source', 'unknown')))})</h3>"
             + facts(
                 [
                     ("model", model.get("name")),

@@ -21,7 +21,7 @@ from PIL import Image
 
 from medr1_verl.audit.export import to_csv
 from medr1_verl.audit.log import SCHEMA_FILE, read_answers
-from medr1_verl.audit.provenance import folder_sha256, public_name
+from medr1_verl.audit.provenance import data_provenance, folder_sha256, public_name
 from medr1_verl.audit.trail import picture_sha256
 from medr1_verl.audit.verify import verify
 from medr1_verl.cli import main as medr1
@@ -185,6 +185,27 @@ def test_nothing_in_it_names_a_place_or_a_person(tmp_path, data, model, engine, 
 )
 def test_public_name(name, public):
     assert public_name(name) == public
+
+
+@pytest.mark.parametrize(
+    ("folder", "manifest_in", "named"),
+    [
+        ("somebody", None, "test.parquet"),
+        ("somebody", "somebody", "test.parquet"),
+        ("ct", None, "ct/test.parquet"),  # a slice: eight files of one name are told apart
+        ("ct", ".", "ct/test.parquet"),
+        ("part1", ".", "part1/test.parquet"),  # below the manifest, so named by the converter
+    ],
+)
+def test_names_of_data_files(tmp_path, folder, manifest_in, named):
+    file = tmp_path / folder / "test.parquet"
+    file.parent.mkdir()
+    file.write_bytes(b"rows")
+    if manifest_in is not None:
+        (tmp_path / manifest_in / "manifest.json").write_text("{}")
+    (found,) = data_provenance([file])
+    assert found["file"] == named
+    assert (found["manifest_sha256"] is None) == (manifest_in is None)
 
 
 @pytest.mark.parametrize("die_at", [0, 1, 4, 7])
