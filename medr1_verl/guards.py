@@ -46,7 +46,7 @@ GUARDS = (
         _all_equal_groups,
         patience=5,
         advice="every answer of a prompt earns the same, so nothing is learned. Raise rollout.n or the temperature, "
-        "use harder rows, or algorithm.filter_groups.enable=True",
+        "use harder rows, or FILTER_GROUPS=1",
     ),
     Guard(
         "no answer has the format",

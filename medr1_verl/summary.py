@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medr1_verl.best_checkpoint import Best, best_of
 from medr1_verl.cli import run as run_command
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.predictions import read_rows
@@ -61,6 +62,7 @@ def summarize(run_dir: Path, model: str, seed: int, before_file: Path | None) ->
     supervision = json.loads((run_dir / "supervision.json").read_text())
     before, after = Answers(before_file), Answers(run_dir / "predictions.jsonl")
     pearson = [m[PEARSON] for m in trained.values() if PEARSON in m]
+    best = best_of(run_dir)
     return {
         "steps": steps[-1],
         "seconds": round(supervision["seconds"], 1),
@@ -85,6 +87,8 @@ def summarize(run_dir: Path, model: str, seed: int, before_file: Path | None) ->
         "accuracy_by_modality": after.accuracy_by("modality"),
         "accuracy_by_question_type": after.accuracy_by("question_type"),
         "accuracy_by_modality_before": before.accuracy_by("modality"),
+        "best_step": best[1].step if best else None,  # of the steps that were saved and validated
+        "best_accuracy": best[1].accuracy if best else None,  # on the validation rows
         "warnings": supervision["warnings"],
         "model": model,
         "seed": seed,
@@ -109,6 +113,10 @@ def learned(summary: dict[str, Any]) -> str:
             f"(chance {summary['chance']:.2f})"
         )
     return sentence + "."
+
+
+def _best_words(best: Best) -> str:
+    return f"step {best.step}, validation accuracy {best.accuracy:.3f}"
 
 
 def table(summary: dict[str, Any], run_dir: Path) -> str:
@@ -136,13 +144,14 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
     for modality, after in summary["accuracy_by_modality"].items():
         before = summary["accuracy_by_modality_before"].get(modality)
         lines.append(f"{'  ' + modality + ', greedy':34} {number(before):>8} {number(after):>8}")
-    checkpoint, curves = whole_checkpoint(run_dir), run_dir / "curves.png"
+    checkpoint, best, curves = whole_checkpoint(run_dir), best_of(run_dir), run_dir / "curves.png"
     lines += [
         "",
         learned(summary),
         "",
         f"merged model   {run_dir / 'model'}",
         f"checkpoint     {checkpoint}" + (f" (step {step_of(checkpoint)})" if checkpoint else ""),
+        *([f"best           {run_dir / 'checkpoints' / 'best'} ({_best_words(best[1])})"] if best else []),
         f"predictions    {run_dir / 'predictions.jsonl'}",
         f"curves         {curves if curves.exists() else 'not drawn: matplotlib is not installed'}",
         f"metrics, logs  {run_dir / 'metrics.jsonl'}, {run_dir / 'logs'}",

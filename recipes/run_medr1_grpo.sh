@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/recipes/presets.sh"
 [[ "${1:-}" == -h || "${1:-}" == --help ]] && {
-  sed -n '2,9p' "${BASH_SOURCE[0]}"
+  sed -n '2,8p' "${BASH_SOURCE[0]}"
   grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'
   sed -n '/^# What the paper/,$p' "$ROOT/recipes/presets.sh"
   exit 0

@@ -10,7 +10,7 @@
 { # bash reads to the closing brace before it starts: an edit or a git pull does not reach a run that is on
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[[ "${1:-}" == -h || "${1:-}" == --help ]] && { sed -n '2,10p' "${BASH_SOURCE[0]}"; grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'; exit 0; }
+[[ "${1:-}" == -h || "${1:-}" == --help ]] && { sed -n '2,9p' "${BASH_SOURCE[0]}"; grep -E '^[A-Z_]+="\$\{' "${BASH_SOURCE[0]}" | sed 's/^/  /'; exit 0; }
 
 choose_profile
 

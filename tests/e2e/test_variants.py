@@ -109,7 +109,7 @@ def adapters(prepared) -> Path:
         "TOTAL_STEPS": "3",
         "SAVE_FREQ": "3",
         "VAL_SAMPLES": "8",
-        "EVAL_LIMIT": "8",
+        "EVALUATE": "0",
     }
     prepared.run("adapters", **more)
     return prepared.run_dir("adapters")
@@ -149,9 +149,3 @@ def test_the_merged_model_is_the_base_and_the_adapters(adapters, prepared):
         assert float((expected - merged[name]).abs().max()) <= 0.01 * float(expected.abs().max()) + 1e-6, name
     assert largest > 1e-3, "the adapters were trained"
     assert (adapters / "model" / "lora_adapter" / "adapter_config.json").is_file()
-
-
-def test_the_merged_model_answers(adapters):
-    summary = json.loads((adapters / "summary.json").read_text())
-    assert summary["greedy_after"] is not None
-    assert summary["format_after"] is not None

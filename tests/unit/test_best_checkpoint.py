@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medr1_verl import best_checkpoint, merge, run_folder
+from medr1_verl import best_checkpoint, merge, run_folder, summary
 from medr1_verl.errors import UserError
 
 
@@ -140,3 +140,8 @@ def test_supervision_keeps_the_best_step_that_was_saved(tmp_path):
         "validation at step 2: accuracy 0.600 (mean of the modalities); the best checkpoint so far, kept" in done.stderr
     )
     assert json.loads((tmp_path / "supervision.json").read_text())["warnings"] == []
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "data": {summary.REWARD: 1.0}}) + "\n")
+    figures = summary.summarize(tmp_path, "tiny", 1, None)
+    assert (figures["best_step"], figures["best_accuracy"]) == (2, 0.6)
+    assert "(step 2, validation accuracy 0.600)" in summary.table(figures, tmp_path)
