@@ -12,6 +12,11 @@ require_integer() {
   [[ "$value" =~ ^[0-9]+$ ]] && (( value >= $2 )) || die "$1=$value is not a whole number >= $2"
 }
 
+# require_number NAME: the variable NAME holds a number of at least 0, such as 0.04 or 1e-6.
+require_number() {
+  [[ "${!1}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || die "$1=${!1} is not a number such as 0.04 or 1e-6"
+}
+
 # require_one_of NAME WORD...: the variable NAME holds one of the words.
 require_one_of() {
   local name="$1" value="${!1}" word

@@ -101,6 +101,7 @@ else
   require_integer N_GPUS 1
 fi
 
+for name in LR KL_COEF CLIP_RATIO_HIGH WEIGHT_DECAY TEMPERATURE; do require_number "$name"; done
 [[ "$TEST_FREQ" == -1 ]] || require_integer TEST_FREQ 1
 if [[ "$MERGE" == best ]]; then
   # Saved and validated at the same steps, or there is nothing to choose from.
@@ -164,6 +165,8 @@ else
   )
 fi
 if (( LORA_RANK > 0 )); then
+  # The engine loads the base from disk (load_format below) and gets the adapters alone after each step. With FSDP2 only
+  # these are gathered for it, so rollout.layered_summon has nothing to save.
   MODEL+=(
     actor_rollout_ref.model.lora_rank="$LORA_RANK"
     actor_rollout_ref.model.lora_alpha="$LORA_ALPHA"

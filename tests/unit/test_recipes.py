@@ -254,6 +254,8 @@ REFUSALS = {
     "KEEP_CHECKPOINTS=0": (0, "KEEP_CHECKPOINTS=0"),
     "SAVE_FREQ=-1": (0, "SAVE_FREQ=-1"),
     "TEST_FREQ=often": (0, "TEST_FREQ=often"),
+    "LR=1e-": (0, "LR=1e- is not a number"),
+    "KL_COEF=none": (0, "KL_COEF=none"),
     "MAX_PROMPT_LENGTH=long": (0, "MAX_PROMPT_LENGTH=long"),
     "MERGE=best": (0, "MERGE=best needs validation during training, and TEST_FREQ=-1; TEST_FREQ=10 works"),
     "DATA_DIR=/only": (0, "MODEL_PATH"),
