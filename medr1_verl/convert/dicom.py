@@ -1,8 +1,9 @@
 """DICOM files, where pydicom is installed (``pip install medr1-verl[dicom]``).
 
-The stored values go through the modality rescale and then the file's own window or VOI table; without one the visible
-range of the data is used. MONOCHROME1 is inverted. Of a multi-frame image the middle frame is taken. Only pixels leave
-this module: no tag of the header does.
+The stored values go through the modality rescale and then the file's own (first) window or VOI table, whose whole range
+becomes 0 to 255, so that a picture looks as it does in a viewer; without one the visible range of the data is used.
+MONOCHROME1 is inverted. Of a multi-frame image the middle frame is taken, with the rescale and window that an enhanced
+file keeps per frame or for all frames. Only pixels leave this module: no tag of the header does.
 """
 
 from __future__ import annotations
@@ -44,16 +45,20 @@ def decode_dicom(data: bytes, max_pixels: int) -> Image.Image:
     dataset = _read(data, header_only=False)
     frames = int(dataset.get("NumberOfFrames") or 1)
     try:
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+        from pydicom.pixels import apply_modality_lut, apply_voi, pixel_array
 
         # pixel_array converts YBR to RGB
         values = pixel_array(dataset, index=frames // 2 if frames > 1 else None)
         if values.ndim == 3:
             return Image.fromarray(values if values.dtype == np.uint8 else visible(values)).convert("RGB")
+        _hoist_functional_groups(dataset, frames // 2)
         values = apply_modality_lut(values, dataset)
-        if "WindowCenter" in dataset or "VOILUTSequence" in dataset:
-            values = apply_voi_lut(values, dataset)
-            grey = _full_range(values)
+        if "VOILUTSequence" in dataset:
+            bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+            grey = _to_8bit(apply_voi(values, dataset) / (2**bits - 1))
+        elif "WindowCenter" in dataset and "WindowWidth" in dataset:
+            center, width = (float(np.ravel(v)[0]) for v in (dataset.WindowCenter, dataset.WindowWidth))
+            grey = window(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR"))
         else:
             grey = visible(values)
     except RejectedError:
@@ -65,9 +70,25 @@ def decode_dicom(data: bytes, max_pixels: int) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _full_range(values: np.ndarray) -> np.ndarray:
-    """Windowed values -> uint8. Both ends of a window are nearly always reached; then no percentile may cut them."""
-    low, high = float(values.min()), float(values.max())
-    if high <= low:
-        return np.zeros(values.shape, np.uint8)
-    return np.clip(np.rint((values - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
+def _hoist_functional_groups(dataset: Any, frame: int) -> None:
+    """Put the rescale and the window that an enhanced multi-frame file has for ``frame``, or for all, on top."""
+    for group, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        items = dataset.get(group) or []
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for element in items[index].get(name, [])[:1] if index < len(items) else []:
+                dataset.update(element)
+
+
+def window(values: np.ndarray, center: float, width: float, function: str = "LINEAR") -> np.ndarray:
+    """``values`` through a DICOM window (PS3.3 C.11.2): its lower end and below becomes 0, its upper end 255; uint8."""
+    values = np.asarray(values, np.float64)
+    if function == "SIGMOID":
+        return _to_8bit(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -500, 500))))
+    if function == "LINEAR_EXACT":
+        return _to_8bit((values - center) / width + 0.5)
+    return _to_8bit((values - (center - 0.5)) / max(width - 1, 1e-9) + 0.5)
+
+
+def _to_8bit(shares: np.ndarray) -> np.ndarray:
+    """0..1 as 0..255, uint8."""
+    return np.clip(np.rint(np.asarray(shares) * 255.0), 0, 255).astype(np.uint8)

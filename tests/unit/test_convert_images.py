@@ -264,3 +264,101 @@ def test_dicom(shared_dir):
         assert pixels.ndim == len(shape), name
         assert pixels.std() > 20, name
         assert b"CompressedSamples" not in encode_png(pixels)
+
+
+def dicom_file(values: np.ndarray, **tags) -> bytes:
+    """A DICOM file of ``values``, uint16 or int16 of shape (h, w) or (frames, h, w)."""
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3"
+    dataset.PatientName, dataset.PatientID = "Doe^Jane", "secret-1"
+    dataset.Rows, dataset.Columns = values.shape[-2:]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+    dataset.PixelRepresentation = int(values.dtype.kind == "i")
+    if values.ndim == 3:
+        dataset.NumberOfFrames = len(values)
+    dataset.PixelData = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    stream = io.BytesIO()
+    dataset.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+HOUNSFIELD = np.tile(np.arange(-1024, 1024, 32, dtype=np.int16), (64, 1))
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected", "why"),
+    [
+        ({"WindowCenter": 40, "WindowWidth": 400}, (-160, 240), "linear: from center - width/2 to center + width/2"),
+        ({"WindowCenter": [40, -600], "WindowWidth": [400, 1500]}, (-160, 240), "of several windows the first"),
+        (
+            {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "LINEAR_EXACT"},
+            (-160, 240),
+            "the same without the half steps",
+        ),
+        ({"WindowCenter": 3000, "WindowWidth": 8000}, (-1000, 7000), "a window wider than the data is not narrowed"),
+        (
+            {"WindowCenter": 100, "WindowWidth": 400, "RescaleSlope": 2, "RescaleIntercept": -1000},
+            (450, 650),
+            "the window is in units after the rescale: (x + 1000) / 2",
+        ),
+    ],
+)
+def test_dicom_window(tags, expected, why):
+    low, high = expected
+    pixels = convert_image(dicom_file(HOUNSFIELD, **tags), 384).pixels
+    wanted = np.clip((HOUNSFIELD - float(low)) / (high - low) * 255, 0, 255)
+    assert np.abs(pixels - wanted).max() <= 1, why
+
+
+def test_dicom_inversion_frames_and_tags():
+    tags = {"WindowCenter": 0, "WindowWidth": 2000}
+    plain = convert_image(dicom_file(HOUNSFIELD, **tags), 384).pixels
+    inverted = convert_image(dicom_file(HOUNSFIELD, PhotometricInterpretation="MONOCHROME1", **tags), 384).pixels
+    assert np.array_equal(inverted, 255 - plain)
+    frames = np.stack([HOUNSFIELD * 0, HOUNSFIELD, HOUNSFIELD * 0 + 9])
+    data = dicom_file(frames, **tags)
+    assert np.array_equal(convert_image(data, 384).pixels, plain)  # the middle one
+    assert b"Doe" in data
+    stored = encode_png(convert_image(data, 384).pixels)
+    assert b"Doe" not in stored
+    assert b"secret" not in stored
+
+
+def test_dicom_window_per_frame():
+    pydicom = pytest.importorskip("pydicom")
+
+    def group(**tags):
+        item, inner = pydicom.Dataset(), pydicom.Dataset()
+        for name, value in tags.items():
+            setattr(inner, name, value)
+        name = "FrameVOILUTSequence" if "WindowCenter" in tags else "PixelValueTransformationSequence"
+        setattr(item, name, pydicom.Sequence([inner]))
+        return item
+
+    data = dicom_file(
+        np.stack([HOUNSFIELD] * 3),
+        SharedFunctionalGroupsSequence=pydicom.Sequence(
+            [group(RescaleSlope=1, RescaleIntercept=100, RescaleType="HU")]
+        ),
+        PerFrameFunctionalGroupsSequence=pydicom.Sequence(
+            [group(WindowCenter=center, WindowWidth=400) for center in (-500, 100, 900)]
+        ),
+    )
+    expected = convert_image(dicom_file(HOUNSFIELD, WindowCenter=0, WindowWidth=400), 384).pixels
+    assert np.array_equal(convert_image(data, 384).pixels, expected)
+
+
+def test_dicom_voi_table():
+    pydicom = pytest.importorskip("pydicom")
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData = [256, 0, 8], np.arange(255, -1, -1, dtype="<u2").tobytes()
+    values = np.tile(np.arange(64, dtype=np.uint16) * 4, (64, 1))
+    pixels = convert_image(dicom_file(values, VOILUTSequence=pydicom.Sequence([table])), 384).pixels
+    assert np.array_equal(pixels, 255 - values)
