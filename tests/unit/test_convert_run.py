@@ -547,6 +547,34 @@ def test_a_full_disk_is_one_clear_line(tree, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("share", "stage"), [(0.5, "converting images"), (1.5, "writing parquet")])
+def test_a_disk_that_is_really_full_then_resumed(tree, tmp_path, share, stage):
+    """A file system in memory, too small for the pictures or for the parquet; then with room for both."""
+    mount = ["unshare", "-rm", "bash", "-c"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = f"mount -t tmpfs -o size=1m none {disk}"
+    if not shutil.which("unshare") or subprocess.run([*mount, mounted], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a file system")
+    convert(Options(input=tree, output=tmp_path / "whole"))
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    steps = (
+        f"mount -t tmpfs -o size={int(share * size)} none {disk} || exit 9; "
+        f'"$@"; echo "code $?"; ls {disk}; '
+        f'mount -o remount,size={10 * size} {disk}; "$@" --resume && cp -r {disk}/out {tmp_path}'
+    )
+    done = subprocess.run([*mount, steps, "-", *command(tree, disk / "out")], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("code 2\n")
+    assert not re.search(r"^out$", done.stdout, re.MULTILINE)  # nothing under the name of the result
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "disk" in line]
+    assert len(lines) == 1
+    assert "the disk is full" in lines[0]
+    assert stage in done.stderr.split("the disk is full")[0]
+    assert "Traceback" not in done.stderr
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_the_script_runs_from_a_plain_checkout(tree, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
