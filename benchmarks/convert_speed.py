@@ -138,6 +138,7 @@ def medr1(root: Path, paths: list[str], folder: Path) -> None:
     for index, path in enumerate(paths):
         record, data = worker.process(str(root), path, settings)
         file.add(a_row(data, index, path, record["sha256"]), len(data))
+    file.finish()
     file.close()
 
 
@@ -340,8 +341,9 @@ def read_back(root: Path, paths: list[str], folder: Path) -> dict[str, float]:
         Image.open(io.BytesIO(data)).save(stream, "PNG")
         ours.add(a_row(data, index, path), len(data))
         plain.add(a_row(stream.getvalue(), index, path), stream.tell())
-    ours.close()
-    plain.close()
+    for file in (ours, plain):
+        file.finish()
+        file.close()
     spent = {"ours": 0.0, "plain": 0.0}
     for turn in range(4):
         for name in ("ours", "plain") if turn % 2 else ("plain", "ours"):

@@ -58,6 +58,7 @@ class ParquetFile:
     def add(self, row: dict[str, Any], size: int) -> None:
         """Append a row of ``schema.make_row``; ``size`` is what its images take, in bytes."""
         self._pending.append(row)
+        self.rows += 1
         self._bytes += size
         if len(self._pending) >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
             self._flush()
@@ -69,7 +70,6 @@ class ParquetFile:
             except OverflowError as error:
                 first = self._pending[0]["extra_info"]["question_id"]
                 raise UserError(f"{error} (the one from question {first!r} on): use a smaller --image-size") from None
-            self.rows += len(self._pending)
             self._pending, self._bytes = [], 0
             self._wait()
             self._written = self._thread.submit(self._writer.write_table, table)
@@ -86,12 +86,20 @@ class ParquetFile:
         while chunk := self._written_bytes.read(1 << 20):
             self._digest.update(chunk)
 
-    def close(self) -> dict[str, Any]:
-        """Complete the file; returns its ``bytes`` and ``sha256``."""
+    def finish(self) -> None:
+        """No more rows: the thread completes the file and brings it to the disk; :meth:`close` waits for that."""
         self._flush()
         self._wait()
-        self._thread.shutdown()
+        self._written = self._thread.submit(self._complete)
+        self._thread.shutdown(wait=False)
+
+    def _complete(self) -> None:
         self._writer.close()
+        _fsync(self.path)
+
+    def close(self) -> dict[str, Any]:
+        """After :meth:`finish`; returns ``bytes`` and ``sha256`` of the file."""
+        self._wait()
         self._hash()
         self._written_bytes.close()
         return {"bytes": self.path.stat().st_size, "sha256": self._digest.hexdigest()}

@@ -76,22 +76,24 @@ def write_rows(
         for slug, chosen in _slices(options, questions).items():
             folder = staged / slug
             folder.mkdir(parents=True, exist_ok=True)
-            for split in SPLITS:
-                parquet = publish.ParquetFile(folder / f"{split}.parquet", options.image_store)
-                for index, question in enumerate(q for q in chosen if q.split == split):
-                    found = [(records[path], store.read(records[path])) for path in question.images]
-                    if options.image_store == "bytes":
-                        pictures: list[dict[str, Any]] = [{"bytes": data} for _, data in found]
-                        size = sum(len(data) for _, data in found)
-                    else:
-                        places = [_image_file(staged, record["sha256"], extension, data) for record, data in found]
-                        pictures, size = [{"image": str(output / place)} for place in places], 0
-                    text = render_prompt(
-                        question.question, question.options, options.style, len(question.images), template
-                    )
-                    extra = _extra_info(question, index, options.style, [record["sha256"] for record, _ in found])
-                    parquet.add(make_row(images=pictures, prompt=text, extra_info=extra), size)
-                    bar.update(1)
+            # In one pass, so that the files are written side by side and each shard is read once.
+            files = {split: publish.ParquetFile(folder / f"{split}.parquet", options.image_store) for split in SPLITS}
+            for question in chosen:
+                parquet = files[str(question.split)]  # set by now
+                found = [(records[path], store.read(records[path])) for path in question.images]
+                if options.image_store == "bytes":
+                    pictures: list[dict[str, Any]] = [{"bytes": data} for _, data in found]
+                    size = sum(len(data) for _, data in found)
+                else:
+                    places = [_image_file(staged, record["sha256"], extension, data) for record, data in found]
+                    pictures, size = [{"image": str(output / place)} for place in places], 0
+                text = render_prompt(question.question, question.options, options.style, len(question.images), template)
+                extra = _extra_info(question, parquet.rows, options.style, [record["sha256"] for record, _ in found])
+                parquet.add(make_row(images=pictures, prompt=text, extra_info=extra), size)
+                bar.update(1)
+            for parquet in files.values():
+                parquet.finish()
+            for parquet in files.values():
                 written[parquet.path.relative_to(staged).as_posix()] = parquet.close()
     store.close()
     return written

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,12 @@ def _start_over(staging: Path) -> None:
     if left:
         print(f"starting over: an unfinished run was found ({staging}); --resume goes on from it", file=sys.stderr)
     for path in left:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
+        if (
+            path.exists()
+        ):  # a worker of the unfinished run, which ends with it but not at the same moment, wrote once more
+            time.sleep(1)
+            shutil.rmtree(path)
 
 
 def _image_settings(options: Options, root: Path, folder: str) -> dict[str, Any]:

@@ -675,6 +675,7 @@ def test_the_returned_digest_is_that_of_the_file(tmp_path):
         file = ParquetFile(tmp_path / f"{count}.parquet", "bytes")
         for number in range(count):
             file.add(stored_row(number, (bytes(50_000),)), 50_000)
+        file.finish()
         facts = file.close()
         data = (tmp_path / f"{count}.parquet").read_bytes()
         assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -714,6 +715,7 @@ def test_row_groups_stay_small(tmp_path):
         file = ParquetFile(tmp_path / f"{name}.parquet", "bytes")
         for row in rows:
             file.add(row, size)
+        file.finish()
         file.close()
         metadata = pq.read_metadata(tmp_path / f"{name}.parquet")
         assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == groups
