@@ -23,6 +23,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.predictions import FILE_NAME, read_rows
 from medr1_verl.modality_names import modalities_named
@@ -136,12 +138,14 @@ def assess(rows: Sequence[dict[str, Any]]) -> list[Quality | None]:
         if text:
             groups[column_of(row)].append(number)
     found: list[Quality | None] = [None] * len(rows)
-    for members in groups.values():
-        shares = template_shares([(str(rows[number].get("image_sha256")), texts[number]) for number in members])
-        for number, share in zip(members, shares, strict=True):
-            row = rows[number]
-            named, contradicts = answer_named(texts[number], row.get("options") or (), row["pred"])
-            found[number] = Quality(modality_named(texts[number], row["modality"]), named, contradicts, share)
+    with tqdm(total=sum(map(len, groups.values())), desc="reasoning", unit="answer", delay=2) as progress:
+        for members in groups.values():
+            shares = template_shares([(str(rows[number].get("image_sha256")), texts[number]) for number in members])
+            for number, share in zip(members, shares, strict=True):
+                row = rows[number]
+                named, contradicts = answer_named(texts[number], row.get("options") or (), row["pred"])
+                found[number] = Quality(modality_named(texts[number], row["modality"]), named, contradicts, share)
+                progress.update()
     return found
 
 
@@ -153,7 +157,7 @@ def image_changes(rows: Sequence[dict[str, Any]]) -> dict[Column, list[float]]:
         if control == "none":
             own[model, decoding, row["question_id"]] = reasoning(row["output"])
     changes: dict[Column, list[float]] = defaultdict(list)
-    for row in rows:
+    for row in tqdm(rows, desc="reasoning with and without the image", unit="answer", delay=2):
         model, control, decoding = column_of(row)
         before, after = own.get((model, decoding, row["question_id"])), reasoning(row["output"])
         if control not in ("none", "relettered") and before and after:

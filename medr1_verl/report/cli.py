@@ -12,6 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from medr1_verl import __version__
 from medr1_verl.errors import UserError
 from medr1_verl.evaluation.runs import load_runs
@@ -142,7 +144,7 @@ def _store_images(content: Answers, output: Path, how: str | None) -> dict[str, 
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
-        for key, picture in content.pictures.items():
+        for key, picture in tqdm(content.pictures.items(), desc="image files", delay=2):
             (folder / f"{key}.{picture.suffix}").write_bytes(picture.data)
     except OSError as error:
         raise UserError(f"{output.parent}: cannot be written: {error.strerror}") from error

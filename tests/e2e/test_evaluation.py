@@ -225,6 +225,13 @@ def test_cross_modality_protocol_with_the_supervised_baseline(model, data, tmp_p
             assert summary["steps"] == 2
             assert summary["loss_first"] > 0
     assert (tmp_path / "cross" / "tables" / "heatmap-modality-gain.png").stat().st_size > 10_000
+    # Each run has its page and its card, the protocol the card of its data; the card's figures are the tables'.
+    assert "## How far it can be answered without looking" in (tmp_path / "cross" / "data-card.md").read_text()
+    run = tmp_path / "cross" / "sft-ct"
+    assert "complete and unaltered, 80 answers" in (run / "report.html").read_text()
+    card = (run / "model" / "README.md").read_text()
+    assert "trained by supervised steps on the right answers" in card
+    assert f"| sft-ct | {rows['sft-ct']['cells']['ct']['accuracy']:.2f} [" in card
     # The base and the run differ in their weights, and a second call only makes the tables again.
     weights = {name: next(read_rows(tmp_path / "cross" / name / "predictions.jsonl"))["weights"] for name in rows}
     assert len(set(weights.values())) == 3
