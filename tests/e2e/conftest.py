@@ -75,10 +75,15 @@ class Job:
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], bool], seconds: float) -> None:
+    """Until the condition holds. If it does not in time, or the run ends without it, the test fails with what it printed."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.5)
-    assert condition(), f"exit code {process.poll()}: {process.communicate()[0][-3000:] if process.poll() else ''}"
+    if not condition():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"not within {seconds} s; exit code {process.returncode}: {output[-3000:]}")
 
 
 def medr1(*arguments: str | Path, module: str = "medr1_verl.cli") -> None:

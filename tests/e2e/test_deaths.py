@@ -32,7 +32,7 @@ def started(prepared, waiting, run: Path) -> subprocess.Popen:
     process = prepared.start(run.name, **SETTINGS)
     # What the start before has left is set aside first.
     waiting(process, lambda: (run / "logs").is_dir() and not (run / "supervision.json").exists(), 120)
-    waiting(process, lambda: metrics.exists() and "training/global_step" in metrics.read_text(), 400)
+    waiting(process, lambda: metrics.exists() and "training/global_step" in metrics.read_text(), 540)
     return process
 
 

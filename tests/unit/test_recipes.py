@@ -21,6 +21,13 @@ CASES = {
     "two logical GPUs on a CPU": ({"N_GPUS": "2"}, 0),
     "one GPU": ({"DATA_DIR": "/d"}, 1),
     "eight GPUs": ({"DATA_DIR": "/d", "TRAIN_BATCH_SIZE": "64", "MODEL_PATH": "Qwen/Qwen2.5-VL-7B-Instruct"}, 8),
+    "two GPUs": ({"DATA_DIR": "/d", "MODEL_PATH": "Qwen/Qwen2-VL-7B-Instruct"}, 2),
+    "four GPUs": ({"DATA_DIR": "/d", "MODEL_PATH": "Qwen/Qwen3-VL-8B-Instruct", "ROLLOUT_TP": "2"}, 4),
+    "72B on two nodes of eight": (
+        {"DATA_DIR": "/d", "MODEL_PATH": "Qwen/Qwen2-VL-72B-Instruct", "NNODES": "2", "ROLLOUT_TP": "4"}
+        | {"PRESET": "verl", "LORA_RANK": "32", "MODEL_DTYPE": "bf16"},
+        8,
+    ),
     "two nodes of four": ({"DATA_DIR": "/d", "NNODES": "2", "TRAIN_BATCH_SIZE": "16"}, 4),
     "another style": ({"DATA_DIR": "/d", "STYLE": "no-think"}, 1),
     "embedded on a GPU": ({"EMBEDDED": "1"}, 1),
