@@ -75,7 +75,7 @@ class Job:
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], bool], seconds: float) -> None:
-    """Until the condition holds. If it does not in time, or the run ends without it, the test fails with what it printed."""
+    """Until the condition holds; where it does not, in time or at all, the test fails with what the run printed."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.5)
