@@ -138,12 +138,15 @@ lane() { # number: every PARALLEL-th slice, on this lane's GPUs
   done
   return $failed
 }
+# Ctrl-C or a kill ends everything that was started, at once: a lane is a process group of its own.
 lanes=()
-trap 'for pid in "${lanes[@]-}"; do kill "$pid" 2>/dev/null || true; done' EXIT
-for (( number = 0; number < PARALLEL; number++ )); do
-  if (( PARALLEL == 1 )); then lane 0 9>&- || failed=1; else lane "$number" 9>&- & lanes+=($!); fi
-done
-for pid in "${lanes[@]-}"; do [[ -z "$pid" ]] || wait "$pid" || failed=1; done
+trap 'for pid in "${lanes[@]-}"; do [[ -z "$pid" ]] || kill -- "-$pid" 2>/dev/null || true; done; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+set -m
+for (( number = 0; number < PARALLEL; number++ )); do { set +m; lane "$number"; } 9>&- & lanes+=($!); done
+set +m
+for pid in "${lanes[@]}"; do wait "$pid" || failed=1; done
 lanes=()
 [[ -z "${failed:-}" ]] || die "some runs failed, see above; the same command goes on with what is missing"
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -156,3 +159,55 @@ def test_a_plan_that_cannot_be_carried_out(environment, says, data, tmp_path):
     )
     assert done.returncode == 2
     assert says in done.stderr
+
+
+STUB = """#!/usr/bin/env bash
+echo "$RUN_NAME $$" >>"$STARTED"
+trap 'echo "$RUN_NAME" >>"$ENDED"; exit 130' INT TERM
+sleep 60 & wait
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("needs_verl")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_an_interrupted_protocol_ends_and_starts_nothing_more(data, tmp_path, sent, parallel):
+    """The recipes that train and evaluate are stood in for: they note that they started, and that they were ended."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "recipes" / "evaluate.sh").write_text("exit 0\n")
+    (tmp_path / "recipes" / "run_medr1_sft.sh").write_text(STUB)
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n" + "echo 'GPU 0: NVIDIA'\n" * parallel)
+    tool.chmod(0o755)
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(tool.parent), os.environ["PATH"]]),
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "RUNS_DIR": str(tmp_path / "runs"),
+        "RUN_NAME": "cross",
+        "METHOD": "sft",
+        "DATA_DIR": str(data),
+        "MODEL_PATH": "/m",
+        "TRAIN_BATCH_SIZE": "2",
+        "PROFILE": "gpu",
+        "PARALLEL": str(parallel),
+        "STARTED": str(started),
+        "ENDED": str(ended),
+    }
+    command = ["bash", str(tmp_path / "recipes" / "run_cross_modality.sh")]
+    with open(tmp_path / "printed", "w+") as printed:
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (started.is_file() and started.read_text().count("\n") == parallel):
+            assert process.poll() is None, (tmp_path / "printed").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "printed").read_text()
+            time.sleep(0.05)
+        time.sleep(0.2)  # a stub notes its start before it can be interrupted
+        process.send_signal(sent)
+        assert process.wait(timeout=30) == 128 + sent
+    names = [line.split()[0] for line in started.read_text().splitlines()]
+    assert sorted(names) == ["sft-ct", "sft-mri"][:parallel], "nothing was started after the signal"
+    assert sorted(ended.read_text().split()) == sorted(names)
