@@ -105,7 +105,7 @@ def load(path: Path) -> Source:
             return Source(path, "splits", *_checked(iter(splits.SplitReader(path, splits.RawIndex(()), []))))
         if parquets := sorted(file.name for file in path.glob("*.parquet")):
             raise UserError(f"{path} is a folder; name one file of it: {', '.join(parquets)}")
-        if files := sorted(path.glob("*.json")):
+        if files := readers.json_files(path):
             raws = (
                 readers.omnimedvqa_row(row, file.name, number)
                 for file in files

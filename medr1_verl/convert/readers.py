@@ -154,12 +154,17 @@ def omnimedvqa_row(row: object, file: str, number: int) -> RawRow:
     return raw
 
 
+def json_files(folder: Path) -> list[Path]:
+    """The JSON files of ``folder`` in name order, without the hidden ones: macOS leaves a "._x.json" beside each."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
 def read_omnimedvqa(root: Path, files: list[SourceFile], access: str = "open") -> Iterator[RawRow]:
     """Every question of an OmniMedVQA root, file by file in name order."""
     information = root / "QA_information"
     paths: list[Path] = []
     for folder in ACCESS_FOLDERS[access]:
-        paths += sorted((information / folder).glob("*.json"))
+        paths += json_files(information / folder)
     if not paths:
         wanted = " or ".join(f"QA_information/{folder}/*.json" for folder in ACCESS_FOLDERS[access])
         raise UserError(f"no questions in {root}: expected {wanted} there (the root of the unzipped OmniMedVQA)")

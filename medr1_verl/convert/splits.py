@@ -17,7 +17,7 @@ from typing import Any
 from medr1_verl.convert import recover
 from medr1_verl.convert.check import check_options, match_gold
 from medr1_verl.convert.question import RawRow, RejectedError
-from medr1_verl.convert.readers import SourceFile, load_json_rows, row_fault
+from medr1_verl.convert.readers import SourceFile, json_files, load_json_rows, row_fault
 from medr1_verl.errors import UserError
 from medr1_verl.prompt import LETTERS
 from medr1_verl.taxonomy import modality_slug, question_type_slug
@@ -95,7 +95,7 @@ class RawIndex:
 def _split_files(folder: Path) -> list[tuple[str, Path]]:
     if folder.is_file():
         return [("test" if folder.stem.endswith("_test") else "train", folder)]
-    files = [(split, path) for split in _SPLITS for path in sorted((folder / split).glob("*.json"))]
+    files = [(split, path) for split in _SPLITS for path in json_files(folder / split)]
     if files:
         return files
     inside = [name for name in ("modality", "question_type") if (folder / name / "train").is_dir()]
@@ -122,7 +122,7 @@ class _Sibling:
         slugs: dict[tuple[str, str], str] = {}
         if self.folder is None:
             return slugs
-        for path in (path for split in _SPLITS for path in sorted((self.folder / split).glob("*.json"))):
+        for path in (path for split in _SPLITS for path in json_files(self.folder / split)):
             name = _slice_of(path)
             slug = modality_slug(name) or question_type_slug(name)
             if slug is None:

@@ -78,7 +78,7 @@ class TextStage:
                     raise RejectedError("duplicate_question_id", f"{question.question_id!r} is already {where}")
                 self.questions.append(self._treat_options(question))
             except RejectedError as error:
-                identity = raw.question_id if isinstance(raw.question_id, str) else None
+                identity = str(raw.question_id) if isinstance(raw.question_id, (str, int)) else None
                 self.rejected.append(RejectedRow(raw.file, raw.row, identity, error.reason, error.message))
 
     def _treat_options(self, question: Question) -> Question:

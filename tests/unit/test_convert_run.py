@@ -304,6 +304,17 @@ def test_wrong_usage_is_one_clear_line(tree, tmp_path, capsys, arguments, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_a_mac_leaves_behind_are_not_read(tmp_path):
+    root = write_tree(tmp_path, [row(0, "0.png"), row(7, "0.png", question_id=7), row(8, "0.png", question_id=7)])
+    picture(0).save(root / "Images" / "Made Up" / "0.png")
+    folder = root / "QA_information" / "Open-access"
+    (folder / "._Made Up.json").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    result = convert(Options(input=root, output=tmp_path / "out"))
+    assert [(r.question_id, r.reason) for r in result.rejected] == [("7", "duplicate_question_id")]
+    assert result.manifest["rows_out"] == 2
+
+
 def test_strict_and_exit_codes(tree, tmp_path):
     arguments = ["--input", str(tree), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--strict"]) == 0
