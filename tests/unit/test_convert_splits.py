@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from PIL import Image
 from medr1_verl.convert import Options, convert, recover
 from medr1_verl.convert.question import RejectedError
 from medr1_verl.convert.splits import parse_problem, parse_solution, render_problem
+from medr1_verl.convert.text import TextStage
 from medr1_verl.errors import UserError
 from medr1_verl.inspect import load, report
 
@@ -148,11 +150,23 @@ PUBLISHED = {
     "question_type/Lesion Grading": (1662, 436),
     "question_type/Modality Recognition": (9173, 2392),
 }
-# Gold letters A, B, C, D of some of them.
+# Per file: rows with four, three and two options, and gold letters A, B, C, D.
 LETTERS = {
-    "modality/CT(Computed Tomography)_test": (1044, 996, 602, 599),
-    "modality/OCT (Optical Coherence Tomography_train": (955, 1021, 905, 917),
-    "question_type/Lesion Grading_test": (108, 107, 122, 99),
+    "modality/CT(Computed Tomography)_train": ((9320, 0, 3247), (3966, 3947, 2305, 2349)),
+    "modality/CT(Computed Tomography)_test": ((2407, 0, 834), (1044, 996, 602, 599)),
+    "modality/Dermoscopy_train": ((4271, 0, 1102), (1643, 1552, 1077, 1101)),
+    "modality/Dermoscopy_test": ((1012, 0, 294), (374, 393, 264, 275)),
+    "modality/Fundus Photography_train": ((3854, 102, 344), (1184, 1176, 971, 969)),
+    "modality/Fundus Photography_test": ((983, 20, 95), (277, 283, 270, 268)),
+    "modality/OCT (Optical Coherence Tomography_train": ((3669, 0, 129), (955, 1021, 905, 917)),
+    "modality/OCT (Optical Coherence Tomography_test": ((816, 0, 32), (227, 211, 207, 203)),
+    "modality/X-Ray_train": ((6118, 0, 183), (1610, 1608, 1542, 1541)),
+    "modality/X-Ray_test": ((1568, 0, 47), (431, 421, 383, 380)),
+    "modality/unknown_train": ((1, 0, 0), (0, 0, 0, 1)),
+    "question_type/Lesion Grading_train": ((1570, 92, 0), (423, 385, 415, 439)),
+    "question_type/Lesion Grading_test": ((406, 30, 0), (108, 107, 122, 99)),
+    "question_type/Modality Recognition_train": ((9173, 0, 0), (2336, 2225, 2230, 2382)),
+    "question_type/Modality Recognition_test": ((2392, 0, 0), (614, 618, 545, 615)),
 }
 # Rows of the test file whose image is in the train file.
 LEAKED = {"CT(Computed Tomography)": 435, "Dermoscopy": 241, "OCT (Optical Coherence Tomography": 253, "X-Ray": 526}
@@ -193,12 +207,57 @@ def test_every_published_row_passes(shared_dir, tmp_path, split):
         assert total["xray"]["anatomy_identification"] == 3375
 
 
+def test_a_shuffled_raw_tree_joined_with_published_files(shared_dir, tmp_path):
+    """The real Fundus and "unknown" rows as raw questions in another order: each lands where it was published."""
+    splits = tmp_path / "Splits" / "modality"
+    published_split: dict[str, str] = {}
+    raw = []
+    for source in sorted((shared_dir / "data" / "medr1_splits" / "modality").glob("*/[Fu]*.json")):
+        split = source.parent.name
+        (splits / split).mkdir(parents=True, exist_ok=True)
+        (splits / split / source.name).write_bytes(source.read_bytes())
+        for row in json.loads(source.read_text()):
+            question, options = parse_problem(row["problem"])
+            name = f"q{len(raw)}"
+            published_split[name] = split
+            raw.append(
+                {
+                    "dataset": row["image"].split("/")[1],
+                    "question_id": name,
+                    "question_type": "Disease Diagnosis",
+                    "question": question,
+                    "gt_answer": options["ABCD".index(row["solution"].split()[1])],
+                    "image_path": row["image"],
+                    **(
+                        {"modality": "CT(Computed Tomography)"}
+                        if "unknown" in source.name
+                        else {"modality_type": "Fundus Photography"}
+                    ),
+                    **{f"option_{letter}": option for letter, option in zip("ABCD", options, strict=False)},
+                }
+            )
+    random.Random(0).shuffle(raw)
+    (tmp_path / "QA_information" / "Open-access").mkdir(parents=True)
+    (tmp_path / "QA_information" / "Open-access" / "All.json").write_text(json.dumps(raw))
+    options = Options(input=tmp_path, output="unused", splits=splits, dry_run=True)
+    questions = TextStage(options).questions
+    assert {question.question_id: question.split for question in questions} == published_split
+    assert len(questions) == 4300 + 1098 + 1
+    manifest = convert(options).manifest
+    assert manifest["split"]["membership_as_published"] is True
+    assert manifest["input"]["splits"]["joined_with_raw"] == len(raw)
+
+
 @pytest.mark.parametrize("name", LETTERS)
-def test_letters_of_a_published_file(shared_dir, name):
+def test_letters_and_options_of_a_published_file(shared_dir, name):
     kind, stem = name.split("/")
     split = stem.rsplit("_", 1)[1]
     figures = report(load(shared_dir / "data" / "medr1_splits" / kind / split / f"{stem}.json"))
-    assert tuple(figures["letters"].values()) == LETTERS[name]
+    options, letters = LETTERS[name]
+    assert {int(number): rows for number, rows in figures["options"].items()} == {
+        number: rows for number, rows in zip((4, 3, 2), options, strict=True) if rows
+    }
+    assert tuple(figures["letters"].get(letter, 0) for letter in "ABCD") == letters
 
 
 @pytest.mark.parametrize("name", PRIOR)
