@@ -47,7 +47,7 @@ require_one_of GUARD stop warn off
 require_one_of PRESET paper verl
 require_integer LORA_RANK 0
 default LORA_ALPHA $((2 * LORA_RANK))
-require_integer LORA_ALPHA 0
+require_integer LORA_ALPHA $((LORA_RANK > 0))   # 0 would scale the adapters away
 require_one_of MODEL_DTYPE fp32 bf16
 [[ "$MODEL_DTYPE" == fp32 || "$LORA_RANK" != 0 ]] \
   || die "MODEL_DTYPE=bf16 with LORA_RANK=0: updates of 1e-6 are lost in bf16 weights; MODEL_DTYPE=fp32 works, and so does LORA_RANK=32"
@@ -276,7 +276,7 @@ if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 say "Training $RUN_NAME: $(basename "$MODEL_PATH") on $TRAIN_FILE, $PROFILE profile, logs in $RUN_DIR/logs"
 "$PYTHON" -m medr1_verl.run_folder open "$RUN_DIR" --resume "$RESUME" ${TOTAL_STEPS:+--total-steps "$TOTAL_STEPS"} --keep "$KEEP_CHECKPOINTS" \
   --setting MODEL_PATH="$MODEL_PATH" --setting DATA_DIR="$DATA_DIR" --setting STYLE="$STYLE" --setting SEED="$SEED" \
-  --setting LORA_RANK="$LORA_RANK" --setting TRAIN_VISION="$TRAIN_VISION" 9>&-
+  --setting LORA_RANK="$LORA_RANK" --setting TRAIN_VISION="$TRAIN_VISION" --setting N_GPUS="$N_GPUS" --setting NNODES="$NNODES" 9>&-
 "$PYTHON" -m medr1_verl.supervise --run-dir "$RUN_DIR" ${TOTAL_STEPS:+--steps "$TOTAL_STEPS"} \
   --length-limit "$MAX_RESPONSE_LENGTH" -- "${TRAINING[@]}" 9>&-
 

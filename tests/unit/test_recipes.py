@@ -254,6 +254,7 @@ REFUSALS = {
     "N_GPUS=2": (1, "N_GPUS=2"),
     "PRESET=fast": (0, "PRESET=fast is not one of: paper verl"),
     "LORA_RANK=big": (0, "LORA_RANK=big"),
+    "LORA_ALPHA=x": (0, "LORA_ALPHA=x"),
     "MODEL_DTYPE=bf16": (0, "MODEL_DTYPE=bf16 with LORA_RANK=0"),
     "TRAIN_VISION=yes": (0, "TRAIN_VISION=yes"),
     "FILTER_GROUPS=2": (0, "FILTER_GROUPS=2"),
