@@ -279,6 +279,7 @@ def opened(request, run, tmp_path_factory):
 @pytest.fixture
 def page(request, opened, chromium, tmp_path):
     """The page opened from a file:// address; afterwards its console must be empty and nothing injected have run."""
+    chromium.get_log("browser")  # what pages of other tests have said
     chromium.get(opened.as_uri())
     assert chromium.execute_script("return document.documentElement.dataset.ready") == "1"
     yield chromium
@@ -420,6 +421,7 @@ def test_twenty_thousand_answers(chromium, tmp_path_factory):
     answers = [prediction(number, control=control) for control in ("none", "blank") for number in range(count)]
     write_lines(root / "predictions.jsonl", answers)
     assert medr1(["report", str(root), "--data", str(root / "test.parquet"), "--images", "files"]) == 0
+    chromium.get_log("browser")  # what pages of other tests have said
     chromium.get((root / "report.html").as_uri())
     assert chromium.execute_script("return document.documentElement.dataset.ready") == "1"
     assert text(chromium, "count") == "10000 answers, page 1 of 100"
