@@ -162,17 +162,31 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ACTOR_PREFIX = re.compile(r"^\((?:\w+ )?pid=\d+[^)]*\)\s*")
 
 
-def _cause_in(log: Path) -> str | None:
-    """The last line of the log that looks like an exception's message, or what hydra says of a wrong argument."""
+def _last_lines(log: Path) -> list[str]:
+    """The end of the log, without colours and without the names of the actors that printed it."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, os.path.getsize(log) - 200_000))
-            lines = [
-                _ACTOR_PREFIX.sub("", _ANSI.sub("", line)).strip()
-                for line in file.read().decode(errors="replace").splitlines()
-            ]
+            text = file.read().decode(errors="replace")
     except OSError:
-        return None
+        return []
+    return [_ACTOR_PREFIX.sub("", _ANSI.sub("", line)).strip() for line in text.splitlines()]
+
+
+def _dead_actor_in(log: Path) -> str | None:
+    """The first actor of which Ray says that it died: its class and process. A trainer that notices a worker's death
+    may end so fast that the watch does not see the one go before the other.
+    """
+    found = re.search(
+        r"ActorDiedError: [^\n]*\nclass_name: (?:\S*\.)?(\w+)\n(?:(?!pid: )[^\n]*\n){0,3}pid: (\d+)",
+        "\n".join(_last_lines(log)),
+    )
+    return f"{found[1]} (process {found[2]})" if found else None
+
+
+def _cause_in(log: Path) -> str | None:
+    """The last line of the log that looks like an exception's message, or what hydra says of a wrong argument."""
+    lines = _last_lines(log)
     for number, line in enumerate(lines):
         if line.startswith(("Could not override", "Error parsing override", "In 'ppo_trainer'")):
             return " ".join(lines[number : number + 3])
@@ -296,6 +310,7 @@ def supervise(
         if trainer.returncode != 0:
             outcome.cause = _killed(trainer.returncode) or _cause_in(log)
             outcome.cause = outcome.cause or f"the trainer ended with exit code {trainer.returncode}"
+            missing = missing or _dead_actor_in(log)
             if missing and not missing.startswith(vital.FRAME):  # Ray's own end is a consequence, not the cause
                 outcome.cause = f"{missing} died: {outcome.cause}"
         return outcome

@@ -250,12 +250,20 @@ def test_supervision_shows_steps_and_counts_failed_groups(tmp_path):
     assert outcome["cause"] is None
 
 
+RAY_SAYS = """(Runner pid=1) ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: create_colocated_worker_cls.<locals>.WorkerDict
+\tactor_id: 0a
+\tpid: 77
+\tip: 1.2.3.4"""
+
+
 @pytest.mark.parametrize(
     ("code", "cause"),
     [
         ("raise ValueError('no such thing')", "ValueError: no such thing"),
         ("import sys; print('Could not override \\'a.b\\'.'); print('Key b is not in struct'); sys.exit(1)", "Key b"),
         ("import sys; sys.exit(7)", "exit code 7"),
+        (f"print({RAY_SAYS!r}); exit(1)", "WorkerDict (process 77) died: ray.exceptions.ActorDiedError"),
         ("import os; print('ValueError: an old one'); os.kill(os.getpid(), 9)", "was killed (SIGKILL): by hand, or by"),
         (
             "print('(WorkerDict pid=12) torch.OutOfMemoryError: too big'); raise SystemExit(1)",
