@@ -65,13 +65,13 @@ class ParquetFile:
 
     def _flush(self) -> None:
         if self._pending:
+            self._wait()  # first, so that its memory is free again
             try:
                 table = arrow_table(self._pending, self.schema)
             except OverflowError as error:
                 first = self._pending[0]["extra_info"]["question_id"]
                 raise UserError(f"{error} (the one from question {first!r} on): use a smaller --image-size") from None
             self._pending, self._bytes = [], 0
-            self._wait()
             self._written = self._thread.submit(self._writer.write_table, table)
             self._hash()
 
