@@ -140,7 +140,15 @@ lane() { # number: every PARALLEL-th slice, on this lane's GPUs
 }
 # Ctrl-C or a kill ends everything that was started, at once: a lane is a process group of its own.
 lanes=()
-trap 'for pid in "${lanes[@]-}"; do [[ -z "$pid" ]] || kill -- "-$pid" 2>/dev/null || true; done; wait' EXIT
+end_lanes() { # and wait, a minute at most, until what they had started has cleaned up
+  local pid
+  for pid in "${lanes[@]-}"; do [[ -z "$pid" ]] || kill -- "-$pid" 2>/dev/null || true; done
+  wait
+  for pid in "${lanes[@]-}"; do
+    for _ in {1..300}; do [[ -n "$pid" ]] && kill -0 -- "-$pid" 2>/dev/null || break; sleep 0.2; done
+  done
+}
+trap end_lanes EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 set -m

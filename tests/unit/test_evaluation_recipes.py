@@ -162,41 +162,107 @@ def test_a_plan_that_cannot_be_carried_out(environment, says, data, tmp_path):
 
 
 STUB = """#!/usr/bin/env bash
-echo "$RUN_NAME $$" >>"$STARTED"
 trap 'echo "$RUN_NAME" >>"$ENDED"; exit 130' INT TERM
+echo "$RUN_NAME $$" >>"$STARTED"
 sleep 60 & wait
 """
+
+
+ANSWERS = """import json, os, sys
+from pathlib import Path
+
+from medr1_verl.evaluation.evaluate import Output, _row
+from medr1_verl.evaluation.questions import read_questions
+
+run = Path(os.environ["RUNS_DIR"]) / os.environ["RUN_NAME"]
+run.mkdir(exist_ok=True)
+about = {"control": "none", "decoding": "greedy", "max_tokens": 9, "model": run.name, "weights": "w"}
+output = [Output("<think>a</think><answer>A</answer>", 5, 0)]
+rows = [_row(question, output, about) for question in read_questions([os.environ["DATA_DIR"]])]
+(run / "predictions.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+"""
+TRAINED = """echo "$RUN_NAME $$" >>"$STARTED"
+mkdir -p "$RUNS_DIR/$RUN_NAME/model" && cd "$RUNS_DIR/$RUN_NAME" && echo "{}" >model/config.json
+echo '{"steps": 1, "seconds": 2.0, "model": "m", "seed": 42}' >summary.json
+"""
+
+
+@pytest.fixture
+def protocol(data, tmp_path):
+    """The cross recipe with stand-ins for those that train and evaluate; a function that gives its environment."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    (tmp_path / "recipes" / "evaluate.sh").write_text(f'"$PYTHON" {tmp_path}/answers.py\n')
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+
+    def environment(training, parallel):
+        (tmp_path / "recipes" / "run_medr1_sft.sh").write_text(training)
+        tool.write_text("#!/bin/sh\n" + "echo 'GPU 0: NVIDIA'\n" * parallel)
+        tool.chmod(0o755)
+        return os.environ | {
+            "PATH": os.pathsep.join([str(tool.parent), os.environ["PATH"]]),
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "RUNS_DIR": str(tmp_path / "runs"),
+            "RUN_NAME": "cross",
+            "METHOD": "sft",
+            "DATA_DIR": str(data),
+            "MODEL_PATH": "/m",
+            "TRAIN_BATCH_SIZE": "2",
+            "PROFILE": "gpu",
+            "PARALLEL": str(parallel),
+            "STARTED": str(tmp_path / "started"),
+            "ENDED": str(tmp_path / "ended"),
+        }
+
+    return environment
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("needs_verl")
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_the_protocol_around_its_recipes(protocol, tmp_path, parallel):
+    """Every slice with training rows is trained once, told of, and in the tables; a second call trains nothing."""
+    command = ["bash", str(tmp_path / "recipes" / "run_cross_modality.sh")]
+    environment = protocol(TRAINED, parallel)
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    started = [line.split()[0] for line in (tmp_path / "started").read_text().splitlines()]
+    assert sorted(started) == ["sft-ct", "sft-mri"]
+    assert done.stdout.count("(done)") == 2
+    folder = tmp_path / "runs" / "cross"
+    table = (folder / "tables" / "tables.md").read_text()
+    for name in ("base", "sft-ct", "sft-mri"):
+        assert f"| {name} | 100.00 [" in table
+    for name in ("sft-ct", "sft-mri"):
+        assert (folder / name / "report.html").is_file()
+        assert (folder / name / "model" / "README.md").is_file()
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("needs_verl")
+def test_one_failed_slice_leaves_the_others(protocol, tmp_path):
+    command = ["bash", str(tmp_path / "recipes" / "run_cross_modality.sh")]
+    failing = '[[ "$RUN_NAME" != sft-ct ]] || exit 1\n' + TRAINED
+    done = subprocess.run(command, env=protocol(failing, 1), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "ct failed; the others go on" in done.stderr
+    assert "the same command goes on with what is missing" in done.stderr
+    assert (tmp_path / "runs" / "cross" / "sft-mri" / "report.html").is_file()
+    done = subprocess.run(command, env=protocol(TRAINED, 1), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in (tmp_path / "started").read_text().splitlines()] == ["sft-mri", "sft-ct"]
 
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("needs_verl")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_an_interrupted_protocol_ends_and_starts_nothing_more(data, tmp_path, sent, parallel):
-    """The recipes that train and evaluate are stood in for: they note that they started, and that they were ended."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    (tmp_path / "recipes" / "evaluate.sh").write_text("exit 0\n")
-    (tmp_path / "recipes" / "run_medr1_sft.sh").write_text(STUB)
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\n" + "echo 'GPU 0: NVIDIA'\n" * parallel)
-    tool.chmod(0o755)
+def test_an_interrupted_protocol_ends_and_starts_nothing_more(protocol, tmp_path, sent, parallel):
     started, ended = tmp_path / "started", tmp_path / "ended"
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(tool.parent), os.environ["PATH"]]),
-        "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
-        "RUNS_DIR": str(tmp_path / "runs"),
-        "RUN_NAME": "cross",
-        "METHOD": "sft",
-        "DATA_DIR": str(data),
-        "MODEL_PATH": "/m",
-        "TRAIN_BATCH_SIZE": "2",
-        "PROFILE": "gpu",
-        "PARALLEL": str(parallel),
-        "STARTED": str(started),
-        "ENDED": str(ended),
-    }
+    environment = protocol(STUB, parallel)
     command = ["bash", str(tmp_path / "recipes" / "run_cross_modality.sh")]
     with open(tmp_path / "printed", "w+") as printed:
         process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed, start_new_session=True)
@@ -205,7 +271,6 @@ def test_an_interrupted_protocol_ends_and_starts_nothing_more(data, tmp_path, se
             assert process.poll() is None, (tmp_path / "printed").read_text()
             assert time.monotonic() < deadline, (tmp_path / "printed").read_text()
             time.sleep(0.05)
-        time.sleep(0.2)  # a stub notes its start before it can be interrupted
         process.send_signal(sent)
         assert process.wait(timeout=30) == 128 + sent
     names = [line.split()[0] for line in started.read_text().splitlines()]
