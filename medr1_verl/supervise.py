@@ -310,8 +310,9 @@ def supervise(
         if trainer.returncode != 0:
             outcome.cause = _killed(trainer.returncode) or _cause_in(log)
             outcome.cause = outcome.cause or f"the trainer ended with exit code {trainer.returncode}"
-            missing = missing or _dead_actor_in(log)
-            if missing and not missing.startswith(vital.FRAME):  # Ray's own end is a consequence, not the cause
+            if missing is None or missing.startswith(vital.FRAME):  # Ray's own end is a consequence, not the cause
+                missing = _dead_actor_in(log)
+            if missing:
                 outcome.cause = f"{missing} died: {outcome.cause}"
         return outcome
     finally:

@@ -278,6 +278,13 @@ def test_a_failed_trainer_is_named_in_one_line(tmp_path, code, cause):
     assert "train.log" in done.stderr.splitlines()[1]
 
 
+def test_a_worker_is_named_and_not_ray_that_ends_after_it(tmp_path):
+    raylet = "exec -a '/ray/raylet --x' sleep 1.5"
+    code = f"import subprocess, time; subprocess.Popen(['bash', '-c', {raylet!r}]).wait(); time.sleep(1)"
+    done = supervise(tmp_path, f"{code}; print({RAY_SAYS!r}); exit(1)")
+    assert done.stderr.startswith("training failed: WorkerDict (process 77) died: ray.exceptions.ActorDiedError")
+
+
 def test_a_death_that_the_trainer_does_not_notice_ends_the_run(tmp_path, monkeypatch):
     from medr1_verl import supervise as module
 
