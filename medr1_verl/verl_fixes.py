@@ -11,6 +11,7 @@ import inspect
 import logging
 from typing import Any
 
+from medr1_verl.image_memo import remember
 from medr1_verl.import_hooks import after_import
 
 logger = logging.getLogger(__name__)
@@ -106,8 +107,29 @@ def position_ids_of_equal_lengths(module: Any) -> None:
     module.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
 
 
+def one_look_at_an_image(module: Any) -> None:
+    """The agent loop prepares a prompt's images anew for each of its samples, and again for the trainer (verl 0.9.1,
+    experimental/agent_loop/agent_loop.py: the prompt's tokens, then ``_compute_multi_modal_inputs``). The results are
+    equal, so its image processor remembers them (``image_memo``).
+    """
+    worker = getattr(module, "AgentLoopWorker", None)
+    if worker is None or "build_multimodal_processor_inputs" not in inspect.getsource(worker):
+        return
+    original = worker.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        image_processor = getattr(getattr(self, "processor", None), "image_processor", None)
+        if image_processor is not None:
+            remember(image_processor)
+
+    worker.__init__ = __init__
+
+
 def install() -> None:
     """Arrange for every fix to run when its module is imported."""
     after_import("verl.trainer.ppo.v1.replay_buffer", prompt_replay_buffer_poll)
     after_import("verl.models.transformers.qwen2_vl", text_only_micro_batch)
     after_import("verl.utils.tensordict_utils", position_ids_of_equal_lengths)
+    after_import("verl.experimental.agent_loop.agent_loop", one_look_at_an_image)

@@ -43,6 +43,7 @@ def prepare(root: Path, seed: int, images_per_modality: int = IMAGES_PER_MODALIT
         return folder
     from medr1_verl.convert import Options, convert
     from medr1_verl.embedded import phantoms, tiny_model
+    from medr1_verl.embedded.plan import Plan
 
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as making:
@@ -61,7 +62,7 @@ def prepare(root: Path, seed: int, images_per_modality: int = IMAGES_PER_MODALIT
             )
         )
         print("  building the tiny model and warming it up", file=sys.stderr)
-        tiny_model.build(partial / "data" / "train.parquet", partial / "model", seed=seed)
+        tiny_model.build(partial / "data" / "train.parquet", partial / "model", Plan(seed))
         partial.rename(folder)
     return folder
 

@@ -4,7 +4,8 @@
 
 What comes out is a directory like that of any Qwen2-VL (``config.json``, ``model.safetensors`` in float32, tokenizer,
 processor, chat template), so transformers, vLLM and verl load it unchanged. Nothing is downloaded: the tokenizer is
-trained on the training prompts, the weights are drawn from the seed and then trained by ``warm_start``.
+trained on the training prompts, the weights are drawn from the seed, brought by ``pretraining`` to read and see, and
+taught to answer by verl's supervised trainer (``warm_start``).
 
 What a real Qwen2-VL brings from its pre-training and a minute on two cores cannot give, the ability to look a word up
 in a list, is laid out in the initial weights (:func:`lay_out`), as structure only: attention that looks a fixed number
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from medr1_verl.embedded.demonstrations import Noise, answer_text
+from medr1_verl.embedded.plan import Plan
 from medr1_verl.errors import UserError
 from medr1_verl.prompt import IMAGE_MARK
 from medr1_verl.styles import STYLES
@@ -233,21 +235,19 @@ def lay_out(model: Any, seed: int) -> None:
 def _source_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(__file__).parent
-    for source in (
-        *(folder / n for n in ("tiny_model.py", "warm_start.py", "demonstrations.py")),
-        folder.parent / "styles.py",
-    ):
+    for source in (*sorted(folder.glob("*.py")), folder.parent / "styles.py", folder.parent / "prompt.py"):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
-def cache_key(train: Path, seed: int, steps: int, noise: Noise) -> str:
+def cache_key(train: Path, plan: Plan) -> str:
     """Hash of everything that decides the model: the code, the library versions, the arguments, the training file."""
     import transformers
+    import verl
 
     with open(train, "rb") as file:
         data = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-    parts = (_source_digest(), torch.__version__, transformers.__version__, seed, steps, noise, data)
+    parts = (_source_digest(), torch.__version__, transformers.__version__, verl.__version__, plan, data)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -261,47 +261,48 @@ def _sha256(file: Any) -> str:
 def build(
     train: Path | str,
     output: Path | str,
-    seed: int = 0,
-    steps: int | None = None,
-    noise: Noise | None = None,
+    plan: Plan | None = None,
     cache: Path | str | None = None,
     progress: bool = True,
 ) -> Path:
     """Build the model from the rows of ``train`` (a converted parquet) and write it to ``output``; returns ``output``.
 
-    ``steps`` is the length of the last stage of the warm start, in batches of 32 rows; the two stages before it shrink
-    with it where it is small. With ``cache`` the model is kept there under :func:`cache_key` and found again.
-    The same inputs give the same weights on the same machine with the same number of threads.
+    ``plan`` is that of the warm start; the pre-training before it shrinks with its clean steps where they are few. With
+    ``cache`` the model is kept there under :func:`cache_key` and found again. The same inputs give the same weights on
+    the same machine with the same number of threads.
 
     Raises :class:`UserError` where ``train`` cannot be read or has no multiple-choice rows with images, or where
     ``output`` holds something that is not a model.
     """
-    from medr1_verl.embedded import warm_start
+    from medr1_verl.embedded import inputs, pretraining
+    from medr1_verl.embedded import warm_start as supervised
 
     train, output = Path(train), Path(output)
-    steps = warm_start.STEPS if steps is None else steps
-    noise = Noise() if noise is None else noise
-    if steps < 0:
-        raise UserError(f"--steps must not be negative, not {steps}")
+    plan = Plan() if plan is None else plan
+    if min(plan.clean, plan.noisy) < 0:
+        raise UserError(f"--clean and --noisy must not be negative, not {plan.clean} and {plan.noisy}")
     if not train.is_file():
         raise UserError(f"no training file {train}; make one with: medr1 convert")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
         raise UserError(f"{output} holds something that is not a model; give a new directory as --output")
-    kept = Path(cache) / cache_key(train, seed, steps, noise) if cache is not None else None
+    kept = Path(cache) / cache_key(train, plan) if cache is not None else None
     if kept is not None and (kept / "config.json").is_file():
         _publish(kept, output)
         return output
 
-    rows = warm_start.read_rows(train)
+    rows = inputs.read_rows(train)
     processor = make_processor(make_tokenizer(row["prompt"][-1]["content"] for row in rows))
-    model = make_model(processor.tokenizer, seed)
-    warm_start.warm_start(model, processor, rows, seed=seed, steps=steps, noise=noise, progress=progress)
-    with tempfile.TemporaryDirectory() as made:
+    model = make_model(processor.tokenizer, plan.seed)
+    pretraining.pretrain(model, processor, rows, plan.seed, min(1.0, plan.clean / Plan.clean), progress)
+    with tempfile.TemporaryDirectory() as work:
+        made = Path(work) / "model"
         model.save_pretrained(made)
         processor.save_pretrained(made)
+        trained = supervised.warm_start(made, train, Path(work) / "warm_start", plan, progress)
+        shutil.copyfile(trained, made / "model.safetensors")
         if kept is not None:
-            _publish(Path(made), kept)
-        _publish(Path(made), output)
+            _publish(made, kept)
+        _publish(made, output)
     return output
 
 
@@ -316,21 +317,33 @@ def _publish(source: Path, target: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from medr1_verl.embedded.warm_start import STEPS
-
     parser = argparse.ArgumentParser(
         prog="python -m medr1_verl.embedded.tiny_model", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--train", required=True, type=Path, metavar="PARQUET", help="converted training rows")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of the last stage; default %(default)s")
+    parser.add_argument("--seed", type=int, default=Plan.seed)
+    for name, what in (("clean", "right"), ("noisy", "noisy")):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=getattr(Plan, name),
+            metavar="N",
+            help=f"steps on {what} demonstrations; default %(default)s",
+        )
     parser.add_argument(
         "--wrong",
         type=float,
         default=Noise.wrong,
         metavar="SHARE",
         help="demonstrations towards a random option; default %(default)s",
+    )
+    parser.add_argument(
+        "--lean",
+        type=float,
+        default=Noise.lean,
+        metavar="TIMES",
+        help="how much likelier each wrongly chosen option is than the next; default %(default)s",
     )
     parser.add_argument(
         "--malformed",
@@ -341,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep models here, and take them from here")
     args = parser.parse_args(argv)
-    build(args.train, args.output, args.seed, args.steps, Noise(args.wrong, args.malformed), args.cache)
+    plan = Plan(args.seed, args.clean, args.noisy, Noise(args.wrong, args.lean, args.malformed))
+    build(args.train, args.output, plan, args.cache)
     print(args.output)
     return 0
 
