@@ -1,4 +1,4 @@
-"""Start to finish of the embedded default, dependencies installed: seconds of each part, peak memory of all processes.
+"""Start to finish of a short embedded run, dependencies installed: seconds of each part, peak memory of all processes.
 
     python benchmarks/embedded_default.py                  from nothing: draw, convert, warm up, train, merge, evaluate
     python benchmarks/embedded_default.py --second         the second call of the same command as well
@@ -35,6 +35,8 @@ def run(folder: Path) -> dict:
         "RUNS_DIR": str(folder / "runs"),
         "EMBEDDED_DIR": str(folder / "embedded"),
         "RUN_NAME": "benchmark",
+        # A short look; the default itself trains until it has learnt something (learning.py).
+        **{"TRAIN_BATCH_SIZE": "8", "ROLLOUT_N": "4", "TOTAL_STEPS": "20", "VAL_SAMPLES": "64", "EVAL_LIMIT": "128"},
     }
     log = open(folder / "recipe.log", "w+")  # noqa: SIM115 - read again below
     started, peak = time.monotonic(), 0

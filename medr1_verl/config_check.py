@@ -108,7 +108,8 @@ def check_config(config: Any) -> None:
     are left to them.
     """
     function = (config.get("reward") or {}).get("custom_reward_function") or {}
-    if _is_ours(function.get("path"), "reward") and function.get("name", "compute_score") == "compute_score":
+    ours = any(_is_ours(function.get("path"), module) for module in ("reward", "random_reward"))
+    if ours and function.get("name", "compute_score") == "compute_score":
         check_reward_kwargs(function.get("reward_kwargs"))
     data = config.get("data") or {}
     settings = data.get("medr1")

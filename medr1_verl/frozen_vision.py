@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "actor_rollout_ref.actor.freeze_vision_tower"
 
-_asked_for = False  # in this process, while a worker that was asked to freeze builds its models
+_asked_for = False  # in this process: while a worker that was asked to freeze builds its models, or since ``ask``
 
 
 def freeze(model: Any) -> int:
@@ -34,6 +34,12 @@ def freeze(model: Any) -> int:
         raise ValueError(f"{KEY}=True, but {type(model).__name__} has no vision tower named visual")
     tower.requires_grad_(False)
     return sum(parameter.numel() for parameter in tower.parameters())
+
+
+def ask() -> None:
+    """Freeze the tower of every model that this process builds from now on: for trainers that have no such key."""
+    global _asked_for
+    _asked_for = True
 
 
 def remember_the_key(module: Any) -> None:

@@ -33,6 +33,7 @@ RESUME="${RESUME:-auto}"                      # auto: go on from the last checkp
 GUARD="${GUARD:-stop}"                        # stop | warn | off: what to do when rollout and actor disagree
 DRY_RUN="${DRY_RUN:-}"                        # 1: print verl's command line, one argument a line, and end
 EMBEDDED="${EMBEDDED:-}"                      # 1: the embedded default (drawn images, tiny model), on a GPU too
+REWARD="${REWARD:-verifiable}"                # verifiable | random: paid by a coin, the control for what a reward teaches
 PRESET="${PRESET:-paper}"                     # paper | verl: two sets of defaults for training, below and in presets.sh
 LORA_RANK="${LORA_RANK:-0}"                   # 0: every weight is trained; else adapters of this rank on the language model
 LORA_ALPHA="${LORA_ALPHA:-}"                  # adapters are scaled by LORA_ALPHA / LORA_RANK; default: twice the rank
@@ -44,6 +45,7 @@ KEEP_CHECKPOINTS="${KEEP_CHECKPOINTS:-2}"     # the last so many are kept, and t
 
 require_one_of RESUME auto disable
 require_one_of GUARD stop warn off
+require_one_of REWARD verifiable random
 require_one_of PRESET paper verl
 require_integer LORA_RANK 0
 default LORA_ALPHA $((2 * LORA_RANK))
@@ -64,19 +66,21 @@ choose_data_and_model
 
 # --- how to train ------------------------------------------------------------------------------------------------
 if [[ -n "$EMBEDDED" ]]; then
-  default TRAIN_BATCH_SIZE 8
-  default TOTAL_STEPS 20
-  default ROLLOUT_N 4
-  default LR 1e-4
+  # What teaches a model of a million parameters within minutes; docs/embedded.md has the curve.
+  default TRAIN_BATCH_SIZE 16
+  default MINI_BATCH_SIZE $((TRAIN_BATCH_SIZE % 2 ? TRAIN_BATCH_SIZE : TRAIN_BATCH_SIZE / 2))
+  default TOTAL_STEPS 60
+  default ROLLOUT_N 8
+  default LR 2e-4
   default KL_COEF 0.001
-  default LR_SCHEDULE constant
+  default LR_SCHEDULE cosine
   default WEIGHT_DECAY 0.01
   default MAX_PROMPT_LENGTH 320
   default MAX_RESPONSE_LENGTH 40
   default TEST_FREQ -1                  # validate at the start and the end only
-  default SAVE_FREQ 10
-  default VAL_SAMPLES 64
-  default EVAL_LIMIT 128
+  default SAVE_FREQ 20
+  default VAL_SAMPLES 128
+  default EVAL_LIMIT 512
 fi
 apply_preset
 TOTAL_STEPS="${TOTAL_STEPS:-}"                # empty: TOTAL_EPOCHS decides
@@ -192,10 +196,11 @@ ROLLOUT=(
   actor_rollout_ref.rollout.val_kwargs.do_sample=True       # the validation curve is sampled as in training
   actor_rollout_ref.rollout.val_kwargs.temperature=1.0
 )
-REWARD=(
+REWARD_FUNCTION=(
   reward.custom_reward_function.path=pkg://medr1_verl.reward
   reward.custom_reward_function.name=compute_score
 )
+[[ "$REWARD" == verifiable ]] || REWARD_FUNCTION+=(reward.custom_reward_function.path=pkg://medr1_verl.random_reward)
 TRAINER=(
   algorithm.adv_estimator=grpo
   algorithm.use_kl_in_reward=False
@@ -221,7 +226,7 @@ if (( FILTER_GROUPS )); then
 fi
 [[ -z "$STYLE" ]] || {
   DATA+=(data.custom_cls.path=pkg://medr1_verl.dataset data.custom_cls.name=MedVQADataset +data.medr1.style="$STYLE")
-  REWARD+=(+reward.custom_reward_function.reward_kwargs.style="$STYLE")
+  REWARD_FUNCTION+=(+reward.custom_reward_function.reward_kwargs.style="$STYLE")
 }
 
 if [[ "$PROFILE" == gpu ]]; then
@@ -251,7 +256,7 @@ else
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes="${BUCKET_MEGABYTES:-512}"
   )
   DATA+=(data.dataloader_num_workers=0)
-  REWARD+=(reward.num_workers=1)
+  REWARD_FUNCTION+=(reward.num_workers=1)
   TRAINER+=(trainer.device=cpu)
   RAY=(
     # verl counts Ray's "GPU" only, and TransferQueue reserves more CPUs than a laptop has: both are logical here.
@@ -268,7 +273,7 @@ else
 fi
 
 TRAINING=("$PYTHON" -m verl.trainer.main_ppo
-  "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${REWARD[@]}" "${TRAINER[@]}" "${RAY[@]}"
+  "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${REWARD_FUNCTION[@]}" "${TRAINER[@]}" "${RAY[@]}"
   hydra.run.dir="$RUN_DIR" hydra.output_subdir=config hydra.job_logging.handlers.file.filename="$RUN_DIR/logs/driver.log" "$@")
 if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 
@@ -276,7 +281,7 @@ if [[ -n "$DRY_RUN" ]]; then printf '%s\n' "${TRAINING[@]:1}"; exit 0; fi
 say "Training $RUN_NAME: $(basename "$MODEL_PATH") on $TRAIN_FILE, $PROFILE profile, logs in $RUN_DIR/logs"
 "$PYTHON" -m medr1_verl.run_folder open "$RUN_DIR" --resume "$RESUME" ${TOTAL_STEPS:+--total-steps "$TOTAL_STEPS"} --keep "$KEEP_CHECKPOINTS" \
   --setting MODEL_PATH="$MODEL_PATH" --setting DATA_DIR="$DATA_DIR" --setting STYLE="$STYLE" --setting SEED="$SEED" \
-  --setting LORA_RANK="$LORA_RANK" --setting TRAIN_VISION="$TRAIN_VISION" --setting N_GPUS="$N_GPUS" --setting NNODES="$NNODES" 9>&-
+  --setting REWARD="$REWARD" --setting LORA_RANK="$LORA_RANK" --setting TRAIN_VISION="$TRAIN_VISION" --setting N_GPUS="$N_GPUS" --setting NNODES="$NNODES" 9>&-
 "$PYTHON" -m medr1_verl.supervise --run-dir "$RUN_DIR" ${TOTAL_STEPS:+--steps "$TOTAL_STEPS"} \
   --length-limit "$MAX_RESPONSE_LENGTH" -- "${TRAINING[@]}" 9>&-
 

@@ -6,6 +6,9 @@
 The training file is the converted parquet itself. A row comes again and again, every time with a newly drawn
 demonstration (``demonstrations``) and the image a little moved and a little brighter or darker.
 
+The vision tower stays as pre-training left it: verl's trainer makes its data set before its model, so it can be asked
+for here (``frozen_vision``). Errors of a language model that has yet to learn to answer would only undo what it sees.
+
 An item is what verl's own ``MultiTurnSFTDataset`` makes of the same messages and images (tested), without going through
 the image processor and the chat template again for each of thousands of items.
 """
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from verl.models.transformers.qwen2_vl import get_rope_index
 
+from medr1_verl import frozen_vision
 from medr1_verl.embedded.demonstrations import Noise, demonstrations
 from medr1_verl.embedded.inputs import Encoder, Pictures, prompt_ids, read_rows, vary
 from medr1_verl.embedded.plan import BATCH
@@ -30,6 +34,7 @@ class Lessons(Dataset):
     """Items ``input_ids`` (length), ``position_ids`` (4, length), ``loss_mask`` (length), ``multi_modal_inputs``."""
 
     def __init__(self, parquet_files: Any, tokenizer: Any, config: Any, processor: Any, max_samples: int = -1) -> None:
+        frozen_vision.ask()
         files = [parquet_files] if isinstance(parquet_files, str) else list(parquet_files)
         wanted = config.lessons
         self._seed = int(wanted.seed)

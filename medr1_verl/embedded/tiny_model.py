@@ -298,8 +298,7 @@ def build(
         made = Path(work) / "model"
         model.save_pretrained(made)
         processor.save_pretrained(made)
-        trained = supervised.warm_start(made, train, Path(work) / "warm_start", plan, progress)
-        shutil.copyfile(trained, made / "model.safetensors")
+        made = supervised.warm_start(made, train, Path(work) / "warm_start", plan, progress)
         if kept is not None:
             _publish(made, kept)
         _publish(made, output)

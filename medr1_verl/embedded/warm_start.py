@@ -22,18 +22,17 @@ from medr1_verl.errors import UserError
 
 
 def warm_start(model: Path, train: Path, work: Path, plan: Plan, progress: bool = True) -> Path:
-    """Train the model directory ``model`` on ``train`` by ``plan``; returns the file with the trained weights.
+    """Train the model directory ``model`` on ``train`` by ``plan``; returns the directory of the trained model.
 
     ``work`` is a folder for the trainer's logs and checkpoints. Raises :class:`UserError` with the trainer's last words
     where it fails.
     """
-    weights = model / "model.safetensors"
     for part in plan.parts():
-        trained = _train(model, train, work / part.name, part, progress)
+        weights = _train(model, train, work / part.name, part, progress)
         # The weights alone: configuration, tokenizer and processor stay as the builder made them.
         model = Path(shutil.copytree(model, work / part.name / "model"))
-        weights = Path(shutil.copyfile(trained, model / "model.safetensors"))
-    return weights
+        shutil.copyfile(weights, model / "model.safetensors")
+    return model
 
 
 def _train(model: Path, train: Path, work: Path, part: Part, progress: bool) -> Path:
