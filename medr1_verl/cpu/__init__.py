@@ -35,6 +35,8 @@ def environ() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # Ray gives an actor's process one OpenMP thread unless it is told otherwise.
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        # Trainer, engine and agent loops share the cores: a thread that spins while it waits takes one from the others.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # vLLM would bind its threads to cores of its own; here trainer and engine take turns on all of them.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # A warning about memory binding, from every process.

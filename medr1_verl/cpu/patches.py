@@ -167,6 +167,26 @@ def own_copy_of_received_weights(module: Any) -> None:
     _note(own_copy_of_received_weights, True)
 
 
+def one_thread_for_agent_loops(module: Any) -> None:
+    """An agent loop worker prepares one small image at a time. With a thread for each core, as the trainer needs, each
+    of its operations would wake and wait for all of them, on cores that the engine computes on.
+    """
+    worker = getattr(module, "AgentLoopWorker", None)
+    if worker is None:
+        return _note(one_thread_for_agent_loops, False)
+    original = worker.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        original(self, *args, **kwargs)
+
+    worker.__init__ = __init__
+    _note(one_thread_for_agent_loops, True)
+
+
 # --- vLLM -------------------------------------------------------------------------------------------------
 
 
@@ -199,4 +219,5 @@ def install() -> None:
     after_import("verl.workers.engine.fsdp.transformer_impl", fsdp_engine_for_cpu)
     after_import("verl.workers.engine.fsdp.transformer_impl", offload_without_pinned_memory)
     after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", own_copy_of_received_weights)
+    after_import("verl.experimental.agent_loop.agent_loop", one_thread_for_agent_loops)
     after_import("vllm.model_executor.layers.utils", linear_layers_stay_unpacked)

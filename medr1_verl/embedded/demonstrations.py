@@ -31,8 +31,8 @@ class Noise:
     ``malformed`` of them break the format in one of the ways of :data:`MALFORMATIONS`.
     """
 
-    wrong: float = 0.6
-    lean: float = 1.6
+    wrong: float = 0.65
+    lean: float = 4.0
     malformed: float = 0.35
 
     def place(self, options: int, rng: random.Random) -> int:

@@ -265,7 +265,7 @@ REFUSALS = {
     "LR=1e-": (0, "LR=1e- is not a number"),
     "KL_COEF=none": (0, "KL_COEF=none"),
     "MAX_PROMPT_LENGTH=long": (0, "MAX_PROMPT_LENGTH=long"),
-    "MERGE=best": (0, "MERGE=best needs validation during training, and TEST_FREQ=-1; TEST_FREQ=20 works"),
+    "MERGE=best": (0, "MERGE=best needs validation during training, and TEST_FREQ=-1; TEST_FREQ=25 works"),
     "DATA_DIR=/only": (0, "MODEL_PATH"),
     "RUNS_DIR=/proc/none": (0, "RUNS_DIR=/proc/none"),
     "PYTHON=/bin/false": (0, "PYTHON=/bin/false"),
