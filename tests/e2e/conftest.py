@@ -104,7 +104,7 @@ def prepared(tmp_path_factory) -> Job:
         medr1("--output", raw, "--seed", "1", "--images-per-modality", "6", module="medr1_verl.embedded.phantoms")
     data, model = folder / "data", folder / "model"
     medr1("convert", "--input", raw, "--output", data, "--image-size", "112", "--seed", "7")
-    warm_up = ("--train", data / "train.parquet", "--output", model, "--seed", "7", "--steps", "60")
+    warm_up = ("--train", data / "train.parquet", "--output", model, "--seed", "7", "--clean", "40", "--noisy", "20")
     medr1(*warm_up, module="medr1_verl.embedded.tiny_model")
     return Job(folder, data, model, REAL_PACK.is_dir(), SETTINGS)
 
