@@ -265,7 +265,15 @@ def test_an_interrupted_protocol_ends_and_starts_nothing_more(protocol, tmp_path
     environment = protocol(STUB, parallel)
     command = ["bash", str(tmp_path / "recipes" / "run_cross_modality.sh")]
     with open(tmp_path / "printed", "w+") as printed:
-        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
+            # A background job of a script starts with interrupts ignored, and bash cannot trap what it found ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         deadline = time.monotonic() + 60
         while not (started.is_file() and started.read_text().count("\n") == parallel):
             assert process.poll() is None, (tmp_path / "printed").read_text()

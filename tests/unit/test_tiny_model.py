@@ -71,7 +71,8 @@ from medr1_verl.embedded.lessons import Lessons
 wanted = {"seed": 3, "steps": 2, "wrong": 0.5, "lean": 2.0, "malformed": 0.5}
 config = OmegaConf.create({"lessons": wanted, "pad_mode": "no_padding", "max_length": 4096})
 ours = Lessons([str(train)], processor.tokenizer, config, processor)
-assert len(ours) == 64 and {number for number, _ in ours._shown} == set(range(len(rows)))
+assert len(ours) == 64
+assert len({number for number, _ in ours._shown}) == min(64, len(rows))
 messages = [
     [*rows[number]["prompt"], {"role": "assistant", "content": answer}] for number, answer in ours._shown[:20]
 ]
