@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import Any
 
 from medr1_verl.import_hooks import after_import
-
-logger = logging.getLogger(__name__)
 
 KEY = "actor_rollout_ref.actor.freeze_vision_tower"
 

@@ -1,6 +1,6 @@
 """What the tiny model is shown in training: converted rows as the processor and the chat template make them.
 
-Everything is made once and kept: an image's patches, a prompt's token ids and rotary positions. Training then costs
+Everything is made once and kept: an image's patches, a prompt's token ids. Training then costs
 what the model costs. The tests hold the results against the processor's own, token for token and pixel for pixel.
 """
 

@@ -28,7 +28,7 @@ class MuonForMatrices(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, others: float = 0.2, **_: Any
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, others: float = 0.2
     ) -> None:
         learnt = [parameter for parameter in params if parameter.requires_grad]
         if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in learnt):

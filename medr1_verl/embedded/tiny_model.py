@@ -322,35 +322,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", required=True, type=Path, metavar="PARQUET", help="converted training rows")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=Plan.seed)
-    for name, what in (("clean", "right"), ("noisy", "noisy")):
+    for name, default, metavar, what in (
+        ("clean", Plan.clean, "N", "steps on right demonstrations"),
+        ("noisy", Plan.noisy, "N", "steps on noisy demonstrations"),
+        ("wrong", Noise.wrong, "SHARE", "demonstrations towards a random option"),
+        ("lean", Noise.lean, "TIMES", "how much likelier each wrongly chosen option is than the next"),
+        ("malformed", Noise.malformed, "SHARE", "demonstrations in a broken format"),
+    ):
         parser.add_argument(
-            f"--{name}",
-            type=int,
-            default=getattr(Plan, name),
-            metavar="N",
-            help=f"steps on {what} demonstrations; default %(default)s",
+            f"--{name}", type=type(default), default=default, metavar=metavar, help=f"{what}; default %(default)s"
         )
-    parser.add_argument(
-        "--wrong",
-        type=float,
-        default=Noise.wrong,
-        metavar="SHARE",
-        help="demonstrations towards a random option; default %(default)s",
-    )
-    parser.add_argument(
-        "--lean",
-        type=float,
-        default=Noise.lean,
-        metavar="TIMES",
-        help="how much likelier each wrongly chosen option is than the next; default %(default)s",
-    )
-    parser.add_argument(
-        "--malformed",
-        type=float,
-        default=Noise.malformed,
-        metavar="SHARE",
-        help="demonstrations in a broken format; default %(default)s",
-    )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep models here, and take them from here")
     args = parser.parse_args(argv)
     plan = Plan(args.seed, args.clean, args.noisy, Noise(args.wrong, args.lean, args.malformed))
