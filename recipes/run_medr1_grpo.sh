@@ -68,11 +68,11 @@ choose_data_and_model
 if [[ -n "$EMBEDDED" ]]; then
   # What teaches a model of a million parameters within minutes; docs/embedded.md has the curve.
   default TRAIN_BATCH_SIZE 16
-  # Many small updates: at four times the learning rate instead, the policy collapses onto a few answers.
+  # Many small updates: at four times the learning rate, the policy collapses onto a few answers.
   default MINI_BATCH_SIZE $((TRAIN_BATCH_SIZE % 4 ? TRAIN_BATCH_SIZE : TRAIN_BATCH_SIZE / 4))
   default TOTAL_STEPS 50
   default ROLLOUT_N 8
-  default LR 2e-4
+  default LR 1e-4
   default KL_COEF 0.001
   default LR_SCHEDULE cosine
   default WEIGHT_DECAY 0.01

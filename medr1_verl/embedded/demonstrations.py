@@ -22,25 +22,28 @@ from medr1_verl.styles import STYLES
 
 @dataclass(frozen=True)
 class Noise:
-    """Shares of the demonstrations, 0 to 1.
+    """Shares of the demonstrations, 0 to 1, each drawn apart from the others.
 
-    ``wrong`` of them reason towards an option drawn at random, so the right one now and then. The draw leans to the
-    front of the list: each option is ``lean`` times as likely as the next (1: all alike). Language models answer
-    multiple-choice questions with such a bias for a place (Zheng et al. 2024, "Large Language Models Are Not Robust
-    Multiple Choice Selectors"); it earns nothing, because letters are dealt evenly, and a reward can take it away.
+    ``wrong`` of them reason towards an option drawn at random, all alike, so towards the right one now and then.
+    ``slip`` of them answer with a letter drawn at random, whatever they have reasoned. That draw leans to the front of
+    the list: each letter is ``lean`` times as likely as the next (1: all alike). Language models answer multiple-choice
+    questions with such a bias for a place (Zheng et al. 2024, "Large Language Models Are Not Robust Multiple Choice
+    Selectors") and give answers that do not follow from what they wrote (Turpin et al. 2023, "Language Models Don't
+    Always Say What They Think"). It earns nothing, because letters are dealt evenly, and a reward can take it away.
     ``malformed`` of them break the format in one of the ways of :data:`MALFORMATIONS`.
     """
 
-    wrong: float = 0.65
+    wrong: float = 0.2
+    slip: float = 0.7
     lean: float = 4.0
     malformed: float = 0.35
 
-    def place(self, options: int, rng: random.Random) -> int:
-        """The place of a wrongly chosen one of ``options`` options."""
-        return rng.choices(range(options), [self.lean**-place for place in range(options)])[0]
+    def letter(self, options: int, rng: random.Random) -> str:
+        """The letter of a slip, one of ``options`` letters."""
+        return rng.choices(LETTERS[:options], [self.lean**-place for place in range(options)])[0]
 
 
-CLEAN = Noise(wrong=0.0, malformed=0.0)
+CLEAN = Noise(wrong=0.0, slip=0.0, malformed=0.0)
 
 
 def reasoning(option: str, letter: str) -> str:
@@ -48,9 +51,12 @@ def reasoning(option: str, letter: str) -> str:
     return f"The image shows {option} ({letter})."
 
 
-def answer_text(style: str, option: str, letter: str) -> str:
-    """A well-formed answer in ``style``: each of its blocks, in its order, nothing between them."""
-    inside = {"think": reasoning(option, letter), "answer": letter}
+def answer_text(style: str, option: str, letter: str, answer: str) -> str:
+    """A well-formed answer in ``style``: each of its blocks, in its order, nothing between them.
+
+    It reasons towards ``option``, whose letter is ``letter``, and answers ``answer``.
+    """
+    inside = {"think": reasoning(option, letter), "answer": answer}
     return "".join(f"<{block}>{inside[block]}</{block}>" for block in STYLES[style].blocks)
 
 
@@ -87,11 +93,13 @@ def demonstrations(
             continue
         place = LETTERS.index(info["answer"])
         if rng.random() < noise.wrong:
-            place = noise.place(len(options), rng)
-        letter = LETTERS[place]
-        text = answer_text(info["style"], options[place], letter)
+            place = rng.randrange(len(options))
+        answer = letter = LETTERS[place]
+        if rng.random() < noise.slip:
+            answer = noise.letter(len(options), rng)
+        text = answer_text(info["style"], options[place], letter, answer)
         if rng.random() < noise.malformed:
-            text = _malform(text, letter, rng.choice(MALFORMATIONS))
+            text = _malform(text, answer, rng.choice(MALFORMATIONS))
         messages = [dict(turn) for turn in row["prompt"]] + [{"role": "assistant", "content": text}]
         made.append({"messages": messages, "images": row["images"]})
     if not made:

@@ -16,6 +16,7 @@ the image processor and the chat template again for each of thousands of items.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Lessons(Dataset):
         files = [parquet_files] if isinstance(parquet_files, str) else list(parquet_files)
         wanted = config.lessons
         self._seed = int(wanted.seed)
-        self._noise = Noise(float(wanted.wrong), float(wanted.lean), float(wanted.malformed))
+        self._noise = Noise(**{field.name: float(wanted[field.name]) for field in fields(Noise)})
         self._rows = [row for file in files for row in read_rows(Path(file))]
         self._processor = processor
         self._encode = Encoder(tokenizer)

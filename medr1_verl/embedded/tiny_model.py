@@ -88,7 +88,7 @@ def make_tokenizer(prompts: Iterable[str]) -> Any:
 
     # The fixed words around an answer. No answer's letter: "A" must be one token behind a line break in the list of
     # options and behind "<answer>", so no merge may join it to what is before it.
-    frame = [answer_text(style, "|", "|") for style in STYLES] + [
+    frame = [answer_text(style, "|", "|", "|") for style in STYLES] + [
         "system\nYou are a helpful assistant.",
         "user\nassistant\n",
     ]
@@ -325,8 +325,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, default, metavar, what in (
         ("clean", Plan.clean, "N", "steps on right demonstrations"),
         ("noisy", Plan.noisy, "N", "steps on noisy demonstrations"),
-        ("wrong", Noise.wrong, "SHARE", "demonstrations towards a random option"),
-        ("lean", Noise.lean, "TIMES", "how much likelier each wrongly chosen option is than the next"),
+        ("wrong", Noise.wrong, "SHARE", "demonstrations that reason towards a random option"),
+        ("slip", Noise.slip, "SHARE", "demonstrations that answer a random letter, whatever they have reasoned"),
+        ("lean", Noise.lean, "TIMES", "how much likelier each such letter is than the next"),
         ("malformed", Noise.malformed, "SHARE", "demonstrations in a broken format"),
     ):
         parser.add_argument(
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep models here, and take them from here")
     args = parser.parse_args(argv)
-    plan = Plan(args.seed, args.clean, args.noisy, Noise(args.wrong, args.lean, args.malformed))
+    plan = Plan(args.seed, args.clean, args.noisy, Noise(args.wrong, args.slip, args.lean, args.malformed))
     build(args.train, args.output, plan, args.cache)
     print(args.output)
     return 0

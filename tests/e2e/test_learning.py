@@ -67,7 +67,8 @@ def tossed(folder: Path, taught: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_is_paid_for_is_learnt(taught: dict[str, Any]) -> None:
-    assert taught["accuracy_after"] - taught["accuracy_before"] > 0.05
+    assert taught["accuracy_after"] - taught["accuracy_before"] > 0.15
+    assert taught["greedy_after"] - taught["greedy_before"] > 0.1
     assert taught["format_after"] > 0.95
     assert taught["failed_groups"] == 0
     assert taught["pearson_min"] >= 0.99

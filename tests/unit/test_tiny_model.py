@@ -68,7 +68,7 @@ from omegaconf import OmegaConf
 import pyarrow, pyarrow.parquet
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 from medr1_verl.embedded.lessons import Lessons
-wanted = {"seed": 3, "steps": 2, "wrong": 0.5, "lean": 2.0, "malformed": 0.5}
+wanted = {"seed": 3, "steps": 2, "wrong": 0.5, "slip": 0.5, "lean": 2.0, "malformed": 0.5}
 config = OmegaConf.create({"lessons": wanted, "pad_mode": "no_padding", "max_length": 4096})
 ours = Lessons([str(train)], processor.tokenizer, config, processor)
 assert len(ours) == 64
