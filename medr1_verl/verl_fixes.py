@@ -107,10 +107,15 @@ def position_ids_of_equal_lengths(module: Any) -> None:
     module.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
 
 
-def one_look_at_an_image(module: Any) -> None:
-    """The agent loop prepares a prompt's images anew for each of its samples, and again for the trainer (verl 0.9.1,
-    experimental/agent_loop/agent_loop.py: the prompt's tokens, then ``_compute_multi_modal_inputs``). The results are
-    equal, so its image processor remembers them (``image_memo``).
+def light_samples(module: Any) -> None:
+    """The agent loop does the work of a prompt anew for each of its samples (verl 0.9.1,
+    experimental/agent_loop/agent_loop.py and trainer/ppo/v1/agent_loop_tq.py):
+
+    * Its text and images go through the processor, for the prompt's tokens, for the reward and for the trainer
+      (``_compute_multi_modal_inputs``). The results are equal, so the processor remembers them (``image_memo``).
+    * Its messages, decoded images and all, are sent with every sample to the reward worker and into TransferQueue, from
+      where the trainer reads them three times a step. verl's own reward managers look at text alone, so with them,
+      and without a reward model, the images stay behind.
     """
     worker = getattr(module, "AgentLoopWorker", None)
     if worker is None or "build_multimodal_processor_inputs" not in inspect.getsource(worker):
@@ -120,11 +125,36 @@ def one_look_at_an_image(module: Any) -> None:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        image_processor = getattr(getattr(self, "processor", None), "image_processor", None)
-        if image_processor is not None:
-            remember(image_processor)
+        processor = getattr(self, "processor", None)
+        for part in (getattr(processor, "image_processor", None), processor):
+            if part is not None:
+                remember(part)
+        reward = self.config.reward
+        if not reward.reward_model.enable and reward.reward_manager.source == "register":
+            self._agent_loop_postprocess = _without_images(self._agent_loop_postprocess)
 
     worker.__init__ = __init__
+
+
+def _without_images(postprocess: Any) -> Any:
+    """``_agent_loop_postprocess``, given messages that say where an image was, but not the image."""
+
+    @functools.wraps(postprocess)
+    async def _agent_loop_postprocess(output: Any, validate: bool, **kwargs: Any) -> Any:
+        if "raw_prompt" in kwargs:
+            kwargs["raw_prompt"] = [
+                message | {"content": _words(message["content"])} for message in kwargs["raw_prompt"]
+            ]
+        return await postprocess(output, validate, **kwargs)
+
+    return _agent_loop_postprocess
+
+
+def _words(content: Any) -> Any:
+    """The content of a message, a text or a list of parts, its images replaced by their mark alone."""
+    if isinstance(content, str):
+        return content
+    return [{"type": "image"} if part.get("type") == "image" else part for part in content]
 
 
 def install() -> None:
@@ -132,4 +162,4 @@ def install() -> None:
     after_import("verl.trainer.ppo.v1.replay_buffer", prompt_replay_buffer_poll)
     after_import("verl.models.transformers.qwen2_vl", text_only_micro_batch)
     after_import("verl.utils.tensordict_utils", position_ids_of_equal_lengths)
-    after_import("verl.experimental.agent_loop.agent_loop", one_look_at_an_image)
+    after_import("verl.experimental.agent_loop.agent_loop", light_samples)

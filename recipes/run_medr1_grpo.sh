@@ -78,6 +78,7 @@ if [[ -n "$EMBEDDED" ]]; then
   default WEIGHT_DECAY 0.01
   default MAX_PROMPT_LENGTH 320
   default MAX_RESPONSE_LENGTH 40
+  default TOKENS_PER_GPU 11520          # the 32 answers of an update in one forward pass
   default TEST_FREQ -1                  # validate at the start and the end only
   default SAVE_FREQ 25
   default VAL_SAMPLES 128
@@ -196,6 +197,8 @@ ROLLOUT=(
   actor_rollout_ref.rollout.seed="$SEED"
   actor_rollout_ref.rollout.val_kwargs.do_sample=True       # the validation curve is sampled as in training
   actor_rollout_ref.rollout.val_kwargs.temperature=1.0
+  # Nobody reads along, yet by default every token of every answer goes through the server's process by itself.
+  +actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval=1000000
 )
 REWARD_FUNCTION=(
   reward.custom_reward_function.path=pkg://medr1_verl.reward
@@ -242,8 +245,8 @@ if [[ "$PROFILE" == gpu ]]; then
 else
   # Everything the CPU needs and a GPU does not. The rest of the CPU platform is in medr1_verl/cpu.
   ACTOR+=(
-    actor_rollout_ref.actor.fsdp_config.dtype=float32           # bf16 autocast is no faster here, and less exact
-    actor_rollout_ref.ref.fsdp_config.dtype=float32
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32   # as fast as bf16 here, and exact; verl reads
+    +actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32     # fsdp_config.dtype nowhere
     actor_rollout_ref.actor.use_torch_compile=False
     actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
   )
@@ -256,6 +259,7 @@ else
     actor_rollout_ref.rollout.agent.num_workers=1
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes="${BUCKET_MEGABYTES:-512}"
   )
+  (( ROLLOUT_TP > 1 )) || ROLLOUT+=(+actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni) # cpu.environ
   DATA+=(data.dataloader_num_workers=0)
   REWARD_FUNCTION+=(reward.num_workers=1)
   TRAINER+=(trainer.device=cpu)

@@ -98,7 +98,7 @@ TRAINER=(
 )
 [[ -z "$TOTAL_STEPS" ]] || TRAINER+=(trainer.total_training_steps="$TOTAL_STEPS" trainer.total_epochs=1000)
 if [[ "$PROFILE" == cpu ]]; then
-  ENGINE+=(engine.dtype=float32 engine.use_torch_compile=False)
+  ENGINE+=(+engine.mixed_precision.param_dtype=fp32 engine.use_torch_compile=False)
   DATA+=(data.num_workers=0)
   TRAINER+=(trainer.device=cpu)
 fi

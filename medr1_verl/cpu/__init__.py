@@ -39,6 +39,9 @@ def environ() -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         # vLLM would bind its threads to cores of its own; here trainer and engine take turns on all of them.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # The engine in the process that asks for it, or in one of its own where verl serves it, but never in two: each
+        # takes seconds to start, and every token would travel between them. vLLM wants two to bind threads to cores.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # A warning about memory binding, from every process.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }

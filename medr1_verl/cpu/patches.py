@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -187,6 +188,26 @@ def one_thread_for_agent_loops(module: Any) -> None:
     _note(one_thread_for_agent_loops, True)
 
 
+def log_probs_of_all_tokens_at_once(module: Any) -> None:
+    """Log-probabilities of tokens are taken one token after the other, to save a GPU's memory (verl 0.9.1,
+    utils/torch_functional.py ``logprobs_from_logits_v2``), and rounded to bfloat16 where the logits are. On a CPU the
+    loop costs more than the model's forward pass. Here: one cross entropy, in float32.
+    """
+    original = getattr(module, "logprobs_from_logits_v2", None)
+    if original is None or "for row_logits, row_labels in zip(" not in inspect.getsource(original):
+        return _note(log_probs_of_all_tokens_at_once, False)
+
+    @functools.wraps(original)
+    def logprobs_from_logits_v2(logits: Any, labels: Any) -> Any:
+        from torch.nn.functional import cross_entropy
+
+        rows = logits.reshape(-1, logits.shape[-1]).float()
+        return -cross_entropy(rows, labels.reshape(-1), reduction="none").view(labels.shape)
+
+    module.logprobs_from_logits_v2 = logprobs_from_logits_v2
+    _note(log_probs_of_all_tokens_at_once, True)
+
+
 # --- vLLM -------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +237,7 @@ def install() -> None:
     around_import("torchcodec", cuda_wheel_is_an_import_error)
     around_import("torchaudio", cuda_wheel_is_an_import_error)
     after_import("verl.utils.distributed", one_gloo_backend)
+    after_import("verl.utils.torch_functional", log_probs_of_all_tokens_at_once)
     after_import("verl.workers.engine.fsdp.transformer_impl", fsdp_engine_for_cpu)
     after_import("verl.workers.engine.fsdp.transformer_impl", offload_without_pinned_memory)
     after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", own_copy_of_received_weights)

@@ -43,7 +43,7 @@ def _train(model: Path, train: Path, work: Path, part: Part, progress: bool) -> 
         "+model.override_config.attn_implementation=sdpa",
         "engine.strategy=fsdp2",
         f"engine.seed={part.seed}",
-        "engine.dtype=float32",
+        "+engine.mixed_precision.param_dtype=fp32",
         "engine.use_torch_compile=False",
         "optim.optimizer_impl=medr1_verl.embedded.optimizer",
         "optim.optimizer=MuonForMatrices",

@@ -88,6 +88,22 @@ def test_the_oldest_is_forgotten_beyond_the_limit() -> None:
     assert made == [1, 2, 3, 2]
 
 
+def test_what_is_told_apart() -> None:
+    """Text, flags and the colours behind a palette's numbers, besides pixels."""
+    processor = Processor()
+    remember(processor)
+    indexed = picture(3, mode="P")
+    indexed.putpalette([0, 0, 0] * 256)
+    other = indexed.copy()
+    other.putpalette([9, 9, 9] * 256)
+    for _ in range(2):
+        for extra in ({"text": "a"}, {"text": "b"}, {"text": ["a", "b"]}, {"flag": None}):
+            processor([picture(7)], **extra)
+        processor([indexed])
+        processor([other])
+    assert processor.prepared == 6
+
+
 @pytest.mark.heavy
 def test_qwen2_vls_own_processor_gives_the_same() -> None:
     torch = pytest.importorskip("torch")

@@ -25,3 +25,58 @@ def test_position_ids_survive_whatever_the_lengths(lengths):
     chosen = tu.index_select_tensor_dict(data, list(range(len(lengths)))[::-1])
     for n, sample in zip(reversed(lengths), chosen["position_ids"].unbind(), strict=True):
         assert torch.equal(sample, torch.arange(4 * n).view(4, n))
+
+
+def test_samples_travel_without_their_images():
+    import asyncio
+
+    from PIL import Image
+    from verl.experimental.agent_loop import agent_loop
+
+    from medr1_verl import verl_fixes
+
+    verl_fixes.light_samples(agent_loop)
+    assert hasattr(agent_loop.AgentLoopWorker.__init__, "__wrapped__"), "verl has changed: is the fix still needed?"
+    sent = {}
+
+    async def postprocess(output, validate, **kwargs):
+        sent.update(kwargs, output=output, validate=validate)
+
+    image = Image.new("L", (8, 8))
+    asked = [
+        {"role": "system", "content": "Answer."},
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]},
+    ]
+    asyncio.run(verl_fixes._without_images(postprocess)("answer", True, raw_prompt=asked, uid="7"))
+    assert (sent["output"], sent["validate"], sent["uid"]) == ("answer", True, "7")
+    assert sent["raw_prompt"] == [asked[0], {**asked[1], "content": [{"type": "image"}, asked[1]["content"][1]]}]
+    assert asked[1]["content"][0]["image"] is image, "the agent loop's own messages stay whole"
+
+
+def test_log_probs_of_all_tokens_at_once_are_verls():
+    from types import SimpleNamespace
+
+    from verl.utils import torch_functional
+
+    from medr1_verl.cpu import patches
+
+    installed = torch_functional.logprobs_from_logits_v2
+    theirs = getattr(installed, "__wrapped__", installed)  # another test may have switched to the CPU platform
+    module = SimpleNamespace(logprobs_from_logits_v2=theirs)
+    patches.log_probs_of_all_tokens_at_once(module)
+    ours = module.logprobs_from_logits_v2
+    assert ours is not theirs, "verl has changed: is the patch still needed?"
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 11, generator=generator, requires_grad=True)
+    labels = torch.randint(11, (3, 5), generator=generator)
+    gradients = []
+    for function in (theirs, ours):
+        (gradient,) = torch.autograd.grad(function(logits, labels).square().sum(), logits)
+        gradients.append(gradient)
+    assert torch.allclose(theirs(logits, labels), ours(logits, labels), atol=1e-6)
+    assert torch.allclose(*gradients, atol=1e-6)
+    # bfloat16 logits: not rounded once more.
+    rounded = logits.detach().bfloat16()
+    exact = theirs(rounded.float(), labels)
+    assert torch.allclose(ours(rounded, labels), exact, atol=1e-6)
+    assert not torch.allclose(theirs(rounded, labels).float(), exact, atol=1e-6)
