@@ -64,6 +64,18 @@ CASES = {
     ),
     "a dead key": (["actor_rollout_ref.actor.freeze_vision_tower=True"], "0.9.1", "0.24.0", [(False, PLUGIN)]),
     "a dead key that asks for nothing": (["actor_rollout_ref.actor.freeze_vision_tower=False"], "0.9.1", "0.24.0", []),
+    "a precision that FSDP does not read": (
+        ["actor_rollout_ref.ref.fsdp_config.dtype=float32"],
+        "0.9.1",
+        "0.24.0",
+        [(False, "+actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32 (or fp16)")],
+    ),
+    "a precision that is the one anyway": (
+        ["actor_rollout_ref.actor.fsdp_config.dtype=bfloat16"],
+        "0.9.1",
+        "0.24.0",
+        [],
+    ),
     "dummy weights with a new vLLM": (
         [f"{ROLLOUT}.load_format=dummy"],
         "0.9.1",
