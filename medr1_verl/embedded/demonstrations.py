@@ -34,7 +34,7 @@ class Noise:
     """
 
     wrong: float = 0.2
-    slip: float = 0.7
+    slip: float = 0.8
     lean: float = 4.0
     malformed: float = 0.35
 
