@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -20,29 +19,22 @@ import tempfile
 import time
 from pathlib import Path
 
+import embedded_run
+
 from medr1_verl import processes
 
-ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS, LIMIT_GIB = 360.0, 12.0
 STAMP = re.compile(r"\[(\d\d):(\d\d):(\d\d)\]\S* (.*)")
 
 
 def run(folder: Path) -> dict:
     """One call of the recipe in ``folder``; seconds, GiB and the recipe's own stages."""
-    environment = os.environ | {
-        "PROFILE": "cpu",
-        "PYTHON": sys.executable,
-        "RUNS_DIR": str(folder / "runs"),
-        "EMBEDDED_DIR": str(folder / "embedded"),
-        "RUN_NAME": "benchmark",
-        # A short look; the default itself trains until it has learnt something (learning.py).
-        **{"TRAIN_BATCH_SIZE": "8", "ROLLOUT_N": "4", "TOTAL_STEPS": "20", "VAL_SAMPLES": "64", "EVAL_LIMIT": "128"},
-    }
+    # A short look; the default itself trains until it has learnt something (learning.py).
+    short = {"TRAIN_BATCH_SIZE": 8, "ROLLOUT_N": 4, "TOTAL_STEPS": 20, "VAL_SAMPLES": 64, "EVAL_LIMIT": 128}
+    environment = embedded_run.environment(folder, "benchmark", **short)
     log = open(folder / "recipe.log", "w+")  # noqa: SIM115 - read again below
     started, peak = time.monotonic(), 0
-    recipe = subprocess.Popen(
-        ["bash", str(ROOT / "recipes" / "run_medr1_grpo.sh")], env=environment, stdout=log, stderr=subprocess.STDOUT
-    )
+    recipe = subprocess.Popen(embedded_run.COMMAND, env=environment, stdout=log, stderr=subprocess.STDOUT)
     while recipe.poll() is None:
         peak = max(peak, processes.memory_bytes(processes.descendants(os.getpid())))
         time.sleep(2)
@@ -72,7 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--second", action="store_true", help="call the same command again")
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}")
+    print(embedded_run.machine())
     processes.adopt_orphans()
     with tempfile.TemporaryDirectory() as temporary:
         first = run(Path(temporary))

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,28 +20,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import embedded_run
+
 MINUTES = 8.0
 
 
 def train(folder: Path, seed: int, reward: str) -> dict[str, Any]:
     """The summary of one run of the recipe."""
     name = f"{reward}-{seed}"
-    environment = os.environ | {
-        "PROFILE": "cpu",
-        "PYTHON": sys.executable,
-        "RUNS_DIR": str(folder / "runs"),
-        "EMBEDDED_DIR": str(folder / "embedded"),
-        "RUN_NAME": name,
-        "SEED": str(seed),
-        "REWARD": reward,
-        "RESUME": "disable",
-    }
+    environment = embedded_run.environment(folder, name, SEED=seed, REWARD=reward, RESUME="disable")
     log = folder / f"{name}.log"
     with open(log, "w") as written:
-        done = subprocess.run(
-            ["bash", str(ROOT / "recipes" / "run_medr1_grpo.sh")], env=environment, stdout=written, stderr=written
-        )
+        done = subprocess.run(embedded_run.COMMAND, env=environment, stdout=written, stderr=written)
     if done.returncode:
         raise SystemExit(log.read_text()[-3000:])
     return json.loads((folder / "runs" / name / "summary.json").read_text())
@@ -77,7 +65,7 @@ def main() -> int:
     parser.add_argument("--reward", choices=("verifiable", "random"), default="verifiable")
     parser.add_argument("--folder", type=Path, help="keep runs and models here (default: a temporary folder)")
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}")
+    print(embedded_run.machine())
     print(f"reward {args.reward}; arrows from before to after training; blank: greedy, blank images")
     print("seed  sampled         greedy          format          blank           chance  minutes  s/step  pearson")
     anything = False

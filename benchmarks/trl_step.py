@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,17 +19,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import embedded_run
+
 from medr1_verl import cpu
 from medr1_verl.run_folder import read_metrics
 
-ROOT = Path(__file__).parents[1]
 PROMPTS, ANSWERS, TOKENS, RATE, KL = 16, 8, 40, 1e-4, 0.001
 PHASES = ("gen", "old_log_prob", "ref", "update_actor", "step")
 LIMIT_RATIO, LIMIT_START = 2.0, 45.0
 
 
 def finished(command: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit((done.stdout + done.stderr)[-3000:])
     return done.stdout + done.stderr
@@ -39,16 +39,6 @@ def finished(command: list[str], environment: dict[str, str]) -> str:
 def recipe(folder: Path, name: str, steps: int) -> tuple[dict[str, float], float, dict[str, str]]:
     """Median seconds of each phase and tokens of an answer, seconds to the start of training, the run's settings."""
     settings = {
-        "PROFILE": "cpu",
-        "PYTHON": sys.executable,
-        "RUNS_DIR": str(folder / "runs"),
-        "EMBEDDED_DIR": str(folder / "embedded"),
-        "RUN_NAME": name,
-        "RESUME": "disable",
-        "EVALUATE": "0",
-        "VAL_SAMPLES": "8",
-    }
-    numbers = {
         "TRAIN_BATCH_SIZE": PROMPTS,
         "MINI_BATCH_SIZE": PROMPTS,
         "ROLLOUT_N": ANSWERS,
@@ -57,9 +47,11 @@ def recipe(folder: Path, name: str, steps: int) -> tuple[dict[str, float], float
         "KL_COEF": KL,
         "TOTAL_STEPS": steps,
         "SAVE_FREQ": steps,
+        "VAL_SAMPLES": 8,
+        "EVALUATE": 0,
+        "RESUME": "disable",
     }
-    settings |= {name: str(value) for name, value in numbers.items()}
-    said = finished(["bash", str(ROOT / "recipes" / "run_medr1_grpo.sh")], settings)
+    said = finished(embedded_run.COMMAND, embedded_run.environment(folder, name, **settings))
     started = re.search(r"(\d+) s  ready", said)
     assert started, said[-3000:]
     run = folder / "runs" / name
@@ -72,13 +64,13 @@ def recipe(folder: Path, name: str, steps: int) -> tuple[dict[str, float], float
 def trl(python: str, folder: Path, run: dict[str, str], steps: int) -> tuple[float, float]:
     """Median seconds of a step and tokens of an answer."""
     written = folder / "trl.json"
-    command = [python, str(ROOT / "benchmarks" / "gpu_grpo.py"), "trl", "--model", run["MODEL_PATH"]]
+    command = [python, str(embedded_run.ROOT / "benchmarks" / "gpu_grpo.py"), "trl", "--model", run["MODEL_PATH"]]
     command += ["--rows", run["DATA_DIR"] + "/train.parquet", "--steps", str(steps), "--seed", "42"]
     command += ["--prompts", str(PROMPTS), "--answers", str(ANSWERS), "--max-response", str(TOKENS)]
     command += ["--kl", str(KL), "--lr", str(RATE), "--output", str(written)]
     environment = cpu.environ()
-    environment["PYTHONPATH"] += os.pathsep + str(ROOT)
-    finished(command, environment)
+    environment["PYTHONPATH"] += os.pathsep + str(embedded_run.ROOT)
+    finished(command, os.environ | environment)
     result = json.loads(written.read_text())
     return statistics.median(result["step_seconds"][2:]), statistics.median(result["answer_tokens"][2:])
 
@@ -92,7 +84,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.steps < 3:
         parser.error("--steps: the first two of a turn do not count, so at least 3")
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}")
+    print(embedded_run.machine())
     print(
         f"{PROMPTS} prompts x {ANSWERS} answers, one update a step; seconds, medians without the first two of each turn"
     )
@@ -110,11 +102,8 @@ def main() -> int:
             print(f"{number:5}  {start:5.0f}  {phases}  {ours['tokens']:6.1f}  {theirs}", flush=True)
     ratio, start = statistics.median(ratios), statistics.median(starts)
     missed = ratio > LIMIT_RATIO or start > LIMIT_START
-    print(
-        f"{ratio:.2f} times TRL's step (aim {LIMIT_RATIO:.0f}), {start:.0f} s to the start (aim {LIMIT_START:.0f}): ",
-        end="",
-    )
-    print("MISSED" if missed else "kept")
+    print(f"{ratio:.2f} times TRL's step (aim {LIMIT_RATIO:.0f}), {start:.0f} s to the start (aim {LIMIT_START:.0f})")
+    print("limits", "MISSED" if missed else "kept")
     return int(missed)
 
 

@@ -71,10 +71,9 @@ DEAD = {
         for role in ("actor", "ref")
     },
 }
-# Values that say what happens anyway.
-_AS_IT_IS = {"bfloat16", "bf16"}
 _EMPTY = ("", "null", "none", "~", "None")
 _FALSE = ("false", "False", "0")
+_AS_IT_IS = (*_FALSE, "bfloat16", "bf16")  # what a dead key may say, because it happens anyway
 _TRUE = ("true", "True", "1", "yes", "on")
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|\[[^\]\n]*\]|[^\s\\)\"']*"
@@ -170,7 +169,7 @@ def faults(settings: Sequence[Setting], verl: str | None = None, vllm: str | Non
         elif setting.key.startswith("reward.custom_reward_function.") and not understood:
             text = f"{setting.key} is a key of verl >= 0.7.1; verl {verl} does not know it"
             found.append(Fault(setting, True, text, f"{setting.key.removeprefix('reward.')}={setting.value}"))
-        elif setting.key in DEAD and setting.value not in (*_FALSE, *_AS_IT_IS) and versions.at_least(verl, "0.8.0"):
+        elif setting.key in DEAD and setting.value not in _AS_IT_IS and versions.at_least(verl, "0.8.0"):
             why, fix = DEAD[setting.key]
             found.append(Fault(setting, False, f"{setting.key} has no effect: {why}", fix))
     return found + _engine_faults(last, vllm) + _reward_faults(last)

@@ -245,8 +245,9 @@ if [[ "$PROFILE" == gpu ]]; then
 else
   # Everything the CPU needs and a GPU does not. The rest of the CPU platform is in medr1_verl/cpu.
   ACTOR+=(
-    +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32   # as fast as bf16 here, and exact; verl reads
-    +actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32     # fsdp_config.dtype nowhere
+    # As fast as bf16 here, and exact. verl reads fsdp_config.dtype nowhere.
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
+    +actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32
     actor_rollout_ref.actor.use_torch_compile=False
     actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
   )
@@ -259,7 +260,8 @@ else
     actor_rollout_ref.rollout.agent.num_workers=1
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes="${BUCKET_MEGABYTES:-512}"
   )
-  (( ROLLOUT_TP > 1 )) || ROLLOUT+=(+actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni) # cpu.environ
+  # No worker beside the engine's process (VLLM_ENABLE_V1_MULTIPROCESSING in medr1_verl/cpu allows it); verl asks for one.
+  (( ROLLOUT_TP > 1 )) || ROLLOUT+=(+actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni)
   DATA+=(data.dataloader_num_workers=0)
   REWARD_FUNCTION+=(reward.num_workers=1)
   TRAINER+=(trainer.device=cpu)
