@@ -122,9 +122,12 @@ def watch(args: argparse.Namespace) -> None:
     watching = Watch()
     watching.start()
     started = time.monotonic()
-    done = subprocess.run(args.command[1:] if args.command[0] == "--" else args.command)
-    result = watching.end() | {"seconds": time.monotonic() - started}
-    args.output.write_text(json.dumps(result) + "\n")
+    args.output.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(args.command[1:] if args.command[0] == "--" else args.command)
+    finally:  # what was seen until an interrupt is worth keeping
+        result = watching.end() | {"seconds": time.monotonic() - started}
+        args.output.write_text(json.dumps(result) + "\n")
     sys.exit(done.returncode)
 
 
@@ -187,12 +190,14 @@ def train_with_trl(args: argparse.Namespace) -> None:
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
     )
+    processor = AutoProcessor.from_pretrained(args.model)
+    processor.tokenizer.padding_side = "left"  # as Qwen2-VL's own; TRL asks for no side and fails on mixed lengths
     trainer = trl.GRPOTrainer(
         model=str(args.model),
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_list([example(row) for row in rows]),
-        processing_class=AutoProcessor.from_pretrained(args.model),
+        processing_class=processor,
         callbacks=[Clock()],
     )
     watching = Watch()
@@ -217,6 +222,9 @@ def report(args: argparse.Namespace) -> None:
     def middle(key: str) -> float | None:
         return median_after_first([m[key] for m in metrics.values() if key in m])
 
+    def peak(key: str) -> float | None:  # verl counts in GiB, whatever the key says
+        return max((m[key] for m in metrics.values() if key in m), default=None)
+
     tool = shutil.which("nvidia-smi")
     names = subprocess.run([tool, "-L"], capture_output=True, text=True).stdout.splitlines() if tool else []
     result: dict = {
@@ -228,7 +236,8 @@ def report(args: argparse.Namespace) -> None:
         "prompt_tokens": middle("prompt_length/mean"),
         "pearson_min": min((m[PEARSON] for m in metrics.values() if PEARSON in m), default=None),
         "peak_gpu_gib": used["gpu_gib"] or None,
-        "actor_peak_gib": middle("perf/max_memory_allocated_gb"),
+        "actor_allocated_gib": peak("actor/perf/max_memory_allocated_gb"),
+        "actor_reserved_gib": peak("actor/perf/max_memory_reserved_gb"),
         "peak_host_gib": used["host_gib"],
     }
     config = memory.config_of(str(args.model))
@@ -258,8 +267,10 @@ def report(args: argparse.Namespace) -> None:
         if seconds is not None:
             print(f"  {phase:18} {show(seconds, 's')}")
     print(f"  tokens a second    {show(result['tokens_per_second'], 'of each GPU, verl perf/throughput')}")
-    print(f"  Pearson, least     {show(result['pearson_min'], '')}")
+    print(f"  Pearson, least     {result['pearson_min']:.4f}" if result["pearson_min"] else "  Pearson            -")
     print(f"  peak GPU memory    {show(result['peak_gpu_gib'], 'GiB')} (nvidia-smi, everything on the fullest GPU)")
+    print(f"  trainer, reserved  {show(result['actor_reserved_gib'], 'GiB')} (torch), of it in use at most", end=" ")
+    print(show(result["actor_allocated_gib"], "GiB"))
     if "calculated_gib" in result:
         peaks = result["calculated_gib"]
         print(f"  calculated         {peaks['training']:.2f} GiB training, {peaks['rollout']:.2f} GiB sampling")

@@ -52,7 +52,7 @@ measure watch --output "$OUTPUT/memory.json" -- env MODEL_PATH="$MODEL" RUNS_DIR
 default TRL_PYTHON "$PYTHON"
 if "$TRL_PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("trl") is None)'; then
   say "$STEPS steps of TRL's GRPOTrainer, the same batch"
-  "$TRL_PYTHON" "$ROOT/benchmarks/gpu_grpo.py" trl --model "$MODEL" --rows "$DATA_DIR/train.parquet" --steps "$STEPS" --seed "$SEED" \
+  PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$TRL_PYTHON" "$ROOT/benchmarks/gpu_grpo.py" trl --model "$MODEL" --rows "$DATA_DIR/train.parquet" --steps "$STEPS" --seed "$SEED" \
     --prompts "$TRAIN_BATCH_SIZE" --answers "$ROLLOUT_N" --max-response "$MAX_RESPONSE_LENGTH" --kl "$KL_COEF" --lr "$LR" --output "$OUTPUT/trl.json"
 else
   say "TRL is not in $TRL_PYTHON, so nothing is compared; set TRL_PYTHON to an interpreter that has it"

@@ -40,6 +40,12 @@ def _stat(pid: int) -> tuple[int, str] | None:
     return int(parent), state
 
 
+def parent(pid: int) -> int | None:
+    """The parent's pid, None if the process is gone."""
+    stat = _stat(pid)
+    return None if stat is None else stat[0]
+
+
 def all_pids() -> list[int]:
     """Every process that is listed in /proc."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]

@@ -208,6 +208,10 @@ class _VitalSigns:
 
     A trainer that fails shuts Ray down before it ends, and then everything is gone at once: that is no death.
     So a process counts as dead only while the task runner and Ray's daemons are there without it.
+
+    A fork shows its parent's title for as long as it does not become a program of its own: the data loader's workers
+    do so for a whole validation, a worker that the raylet starts for some milliseconds. Neither is vital, and the
+    raylet's is an orphan by then, so a title that is taken counts no second time: a run has one raylet, one gcs_server.
     """
 
     FRAME = ("TaskRunnerV1", "raylet", "gcs_server")
@@ -216,17 +220,23 @@ class _VitalSigns:
         self._known: dict[int, str] = {}
 
     def dead(self, living: Sequence[int]) -> str | None:
+        present = set(living)
         for pid in living:
             if pid not in self._known:
                 match = _VITAL.search(processes.title(pid))
-                if match:
-                    self._known[pid] = next(filter(None, match.groups()))
-        present = set(living)
+                name = next(filter(None, match.groups())) if match else None
+                if name and not self._is_fork(pid, name, present):
+                    self._known[pid] = name
         gone = {pid: name for pid, name in self._known.items() if pid not in present}
         if len(gone) == 1 or (gone and not any(name in self.FRAME for name in gone.values())):
             pid, name = next(iter(gone.items()))
             return f"{name} (process {pid})"
         return None
+
+    def _is_fork(self, pid: int, name: str, present: set[int]) -> bool:
+        if name in self.FRAME:
+            return any(known == name and other in present for other, known in self._known.items())
+        return self._known.get(processes.parent(pid) or 0) == name
 
 
 def supervise(

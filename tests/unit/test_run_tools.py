@@ -298,6 +298,38 @@ def test_a_death_that_the_trainer_does_not_notice_ends_the_run(tmp_path, monkeyp
     assert processes.marked(tmp_path) == []
 
 
+# A process of this title that forks (a data loader's worker, a raylet on its way to a worker), the fork ending first.
+FORKING = """
+import os, sys, time
+if os.fork() == 0:
+    {orphan}
+    time.sleep(1.2)
+    os._exit(0)
+time.sleep(5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("title", "orphan"),
+    [
+        ("ray::TaskRunnerV1.run", ""),
+        ("ray::vLLMHttpServer", ""),
+        ("/ray/raylet --x", ""),
+        ("/ray/raylet --x", "os.fork() and os._exit(0)"),
+    ],
+)
+def test_the_end_of_a_fork_is_no_death(tmp_path, monkeypatch, title, orphan):
+    from medr1_verl import supervise as module
+
+    (tmp_path / "forking.py").write_text(FORKING.format(orphan=orphan))
+    start = f"exec -a '{title}' {sys.executable} {tmp_path / 'forking.py'}"
+    monkeypatch.setattr(module, "_GRACE_SECONDS", 1.0)
+    code = f"import subprocess; subprocess.Popen(['bash', '-c', {start!r}]).wait()"
+    outcome = module.supervise([sys.executable, "-c", code], tmp_path / "run")
+    assert outcome.cause is None
+    assert outcome.seconds > 4, "the forks ended while the run went on"
+
+
 def test_an_interrupt_ends_everything(tmp_path):
     command = [sys.executable, "-m", "medr1_verl.supervise", "--run-dir", str(tmp_path), "--"]
     running = subprocess.Popen([*command, sys.executable, "-c", WITH_ORPHAN], stderr=subprocess.PIPE, text=True)
