@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 # verl release -> how far the recipes go with it (README, "Versions").
 RECIPES = {
-    "0.9.1": "trained with on a CPU; the GPU command lines compose and pass its validation",
+    "0.9.1": "trained with on a CPU and on one GPU; the command lines for several compose and pass its validation",
     "0.9.0": "not run; all command lines compose and pass its validation",
     "0.8.0": "not run, and no command line composes: it has no actor_rollout_ref.rollout.seed",
     "0.7.1": "not run, and no command line composes: it has no actor_rollout_ref.rollout.seed",
