@@ -114,10 +114,11 @@ hold_run_name() {
   flock -n 9 || die "$1 is in use by another run; wait for it or set RUN_NAME"
 }
 
-# The embedded default: drawn images, converted like any data set, and a tiny Qwen2-VL. Sets embedded to their folder.
+# prepare_embedded [--data-only]: the embedded default: drawn images, converted like any data set, and a tiny Qwen2-VL
+# (for a plan, the data will do). Sets embedded to their folder.
 prepare_embedded() {
-  say "Embedded default: drawn images of 8 modalities and a tiny Qwen2-VL (made once, then kept)"
-  embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" 9>&-)"
+  say "Embedded default: drawn images of 8 modalities$([[ -n "${1:-}" ]] || echo " and a tiny Qwen2-VL") (made once, then kept)"
+  embedded="$("$PYTHON" -m medr1_verl.embedded.prepare --root "${EMBEDDED_DIR:-$ROOT/data/embedded}" --seed "$SEED" "$@" 9>&-)"
   DATA_DIR="${DATA_DIR:-$embedded/data}"
   MODEL_PATH="${MODEL_PATH:-$embedded/model}"
 }

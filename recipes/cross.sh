@@ -55,7 +55,7 @@ export TOTAL_EPOCHS="${TOTAL_EPOCHS:-1}" STYLE SEED N_GPUS NNODES
 choose_python "$PROFILE,report"
 DIR="$RUNS_DIR/$RUN_NAME"
 hold_run_name "$DIR"
-[[ -z "$EMBEDDED" ]] || prepare_embedded
+[[ -z "$EMBEDDED" ]] || prepare_embedded ${DRY_RUN:+--data-only}
 
 # --- the plan ----------------------------------------------------------------------------------------------------
 slices="$("$PYTHON" -m medr1_verl.slices --data "$DATA_DIR" --output "$DIR/data" --by "$BY" 9>&-)"
