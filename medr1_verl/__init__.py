@@ -13,7 +13,9 @@ Importing this package costs nothing: no torch, no verl, no vLLM. The modules ar
   validation dumps
 * ``audit``     every answer in a log that shows changes; ``report``, ``cards``, ``ask`` and ``reasoning_quality`` make
   answers and their reasoning inspectable
-* ``plugin``    what verl loads by itself (entry point ``verl.plugins``); ``frozen_vision`` makes its dead key work
+* ``plugin``    what verl loads by itself (entry point ``verl.plugins``); ``frozen_vision`` makes its dead key work,
+  ``verl_fixes`` mends its defects, ``prompt_memo`` does a prompt's work once for all its samples, ``garbage`` keeps
+  Python's collector away from the start
 * ``supervise`` runs the trainer under watch (``guards``, ``processes``); ``run_folder`` says what may be gone on with,
   ``best_checkpoint`` keeps the best, ``merge`` makes a checkpoint one model, ``summary`` sums the run up
 * ``cpu``       the platform that lets verl's own trainer and vLLM run without a GPU

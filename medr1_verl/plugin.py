@@ -35,12 +35,14 @@ def register() -> None:
         from medr1_verl import (
             config_check,
             frozen_vision,
+            garbage,
             rollout_weights,
             training_metrics,
             validation_rows,
             verl_fixes,
         )
 
+        garbage.pause()
         verl_fixes.install()
         frozen_vision.install()
         config_check.install()

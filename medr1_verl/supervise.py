@@ -36,7 +36,9 @@ _VITAL = re.compile(
 )
 # How long the trainer may take to notice a death by itself, and to end by itself once its work is done.
 _GRACE_SECONDS = 45.0
-_MEMORY_EVERY_SECONDS = 5.0
+# Every process of the machine is looked at, which costs as much as a sample of the tiny model.
+_LOOK_EVERY_SECONDS = 2.0
+_MEMORY_EVERY_SECONDS = 6.0
 _FAILED_GROUP = re.compile(r"Error in _run_prompt")
 
 # What the trainer prints when it passes a milestone, and how to say it. In the order of a run.
@@ -257,7 +259,7 @@ def supervise(
     started = heard = time.monotonic()
     missing_since: float | None = None
     missing: str | None = None
-    measured = 0.0
+    measured = looked = 0.0
     milestones = list(_MILESTONES)
 
     processes.adopt_orphans()
@@ -268,6 +270,7 @@ def supervise(
         "TMPDIR": scratch.name,
         "RAY_TMPDIR": scratch.name,
         processes.RUN_MARK: str(run_dir),
+        "SPT_NOENV": "1",  # a process that gives itself a title (setproctitle) must not write it over that mark
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "PYTHONUNBUFFERED": "1",
     }
@@ -298,11 +301,13 @@ def supervise(
                 if stop:
                     outcome.cause = stop
                     return outcome
-            living = processes.descendants(os.getpid())
-            if now - measured > _MEMORY_EVERY_SECONDS:
-                measured = now
-                outcome.peak_memory_gib = max(outcome.peak_memory_gib, processes.memory_bytes(living) / 2**30)
-            missing = missing or vital.dead(living)
+            if now - looked > _LOOK_EVERY_SECONDS:
+                looked = now
+                living = processes.descendants(os.getpid())
+                if now - measured > _MEMORY_EVERY_SECONDS:
+                    measured = now
+                    outcome.peak_memory_gib = max(outcome.peak_memory_gib, processes.memory_bytes(living) / 2**30)
+                missing = missing or vital.dead(living)
             if missing and missing_since is None:
                 missing_since = now
             if missing_since is not None and now - missing_since > _GRACE_SECONDS and trainer.poll() is None:

@@ -7,11 +7,14 @@ recipes do): merely having this package installed must not change anybody else's
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from medr1_verl.image_memo import remember
+from medr1_verl import prompt_memo
 from medr1_verl.import_hooks import after_import
 
 logger = logging.getLogger(__name__)
@@ -108,32 +111,47 @@ def position_ids_of_equal_lengths(module: Any) -> None:
 
 
 def light_samples(module: Any) -> None:
-    """The agent loop does the work of a prompt anew for each of its samples (verl 0.9.1,
-    experimental/agent_loop/agent_loop.py and trainer/ppo/v1/agent_loop_tq.py):
-
-    * Its text and images go through the processor, for the prompt's tokens, for the reward and for the trainer
-      (``_compute_multi_modal_inputs``). The results are equal, so the processor remembers them (``image_memo``).
-    * Its messages, decoded images and all, are sent with every sample to the reward worker and into TransferQueue, from
-      where the trainer reads them three times a step. verl's own reward managers look at text alone, so with them,
-      and without a reward model, the images stay behind.
+    """A sample's messages, decoded images and all, go to a reward worker and into TransferQueue, from where the trainer
+    reads them three times a step (verl 0.9.1, experimental/agent_loop/agent_loop.py and
+    trainer/ppo/v1/agent_loop_tq.py). verl's own reward managers look at text alone, so with them, and without a reward
+    model, the images stay behind. And a rule that takes microseconds needs no worker: verl's reward loop does the same
+    in the agent loop's own process, by the naive manager, where a trip costs both ends milliseconds a sample.
     """
     worker = getattr(module, "AgentLoopWorker", None)
-    if worker is None or "build_multimodal_processor_inputs" not in inspect.getsource(worker):
+    if worker is None or not hasattr(worker, "_agent_loop_postprocess"):
         return
     original = worker.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        processor = getattr(self, "processor", None)
-        for part in (getattr(processor, "image_processor", None), processor):
-            if part is not None:
-                remember(part)
         reward = self.config.reward
-        if not reward.reward_model.enable and reward.reward_manager.source == "register":
-            self._agent_loop_postprocess = _without_images(self._agent_loop_postprocess)
+        if reward.reward_model.enable or reward.reward_manager.source != "register":
+            return
+        self._agent_loop_postprocess = _without_images(self._agent_loop_postprocess)
+        if self.reward_loop_worker_handles and reward.reward_manager.name == "naive":
+            self.reward_loop_worker_handles = [SimpleNamespace(compute_score=_RewardInPlace(self.config))]
 
     worker.__init__ = __init__
+
+
+class _RewardInPlace:
+    """``handle.compute_score`` of a reward worker, without the worker."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._loop: Any = None
+
+    async def remote(self, data: Any) -> dict:
+        if self._loop is None:  # not earlier: it keeps the event loop that runs
+            from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+
+            self._loop = RewardLoopWorker(self._config)
+        own = dict(data.non_tensor_batch)
+        if "extra_info" in own:  # the manager writes into it, and here it is no copy
+            own["extra_info"] = own["extra_info"].copy()
+            own["extra_info"][:] = [dict(info) for info in own["extra_info"]]
+        return await self._loop.compute_score(type(data)(batch=data.batch, non_tensor_batch=own))
 
 
 def _without_images(postprocess: Any) -> Any:
@@ -157,9 +175,96 @@ def _words(content: Any) -> Any:
     return [{"type": "image"} if part.get("type") == "image" else part for part in content]
 
 
+def plain_agent_loops(module: Any) -> None:
+    """An agent loop is made for every sample by ``hydra.utils.instantiate``, which takes milliseconds to merge and to
+    resolve a configuration of one key (verl 0.9.1, experimental/agent_loop/agent_loop.py). With no more in it than the
+    class's name, the class is called; its arguments are objects, which hydra hands on as they are.
+    """
+    hydra = getattr(module, "hydra", None)
+    worker = getattr(module, "AgentLoopWorker", None)
+    if hydra is None or worker is None or "hydra.utils.instantiate(" not in inspect.getsource(worker._run_agent_loop):
+        return
+
+    def instantiate(config: Any, **arguments: Any) -> Any:
+        if type(config) is dict and set(config) == {"_target_"}:
+            return _class_of(config["_target_"])(**arguments)
+        return hydra.utils.instantiate(config=config, **arguments)
+
+    module.hydra = SimpleNamespace(utils=SimpleNamespace(instantiate=instantiate))
+
+
+def one_server(module: Any) -> None:
+    """Each sample asks a balancer, by Ray, which of the engine's servers to use, is sent the server's handle, and says
+    when it has done (verl 0.9.1, workers/rollout/llm_server.py). Where all GPUs make one server, it is asked once.
+    """
+    client = getattr(module, "LLMServerClient", None)
+    if client is None or not {"request_id", "extra"} <= set(inspect.signature(client._acquire_server).parameters):
+        return
+    acquire, release = client._acquire_server, client._release_server
+
+    @functools.wraps(acquire)
+    async def _acquire_server(self: Any, request_id: str, **extra: Any) -> Any:
+        if not _one_server(self.config):
+            return await acquire(self, request_id, **extra)
+        if not hasattr(self, "_medr1_server"):
+            self._medr1_server = await acquire(self, request_id, **extra)
+        return self._medr1_server
+
+    @functools.wraps(release)
+    def _release_server(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "_medr1_server"):
+            release(self, *args, **kwargs)
+
+    client._acquire_server, client._release_server = _acquire_server, _release_server
+
+
+def _one_server(config: Any) -> bool:
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    of_a_server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    # In the other trainer modes servers come and go.
+    return trainer.v1.trainer_mode == "sync" and trainer.n_gpus_per_node * trainer.nnodes <= of_a_server
+
+
+@functools.cache
+def _class_of(name: str) -> Any:
+    from hydra.utils import get_class
+
+    return get_class(name)
+
+
+def no_value_head(module: Any) -> None:
+    """Where TRL is installed, verl patches its class for models with a value head, which TRL 1.16 no longer has: every
+    worker fails on the import (verl 0.9.1, models/transformers/monkey_patch.py). GRPO has no value head.
+    """
+    if not hasattr(module, "is_trl_available"):
+        return
+    original = module.is_trl_available
+
+    def is_trl_available() -> bool:
+        return original() and has_value_head()
+
+    module.is_trl_available = is_trl_available
+
+
+def has_value_head() -> bool:
+    """Whether the installed TRL has the class where verl looks for it. Reads TRL's source, imports nothing of it."""
+    found = importlib.util.find_spec("trl")
+    for folder in (found and found.submodule_search_locations) or ():
+        for file in ("experimental/ppo/__init__.py", "__init__.py"):
+            path = Path(folder) / file
+            if path.is_file() and "AutoModelForCausalLMWithValueHead" in path.read_text():
+                return True
+    return False
+
+
 def install() -> None:
     """Arrange for every fix to run when its module is imported."""
     after_import("verl.trainer.ppo.v1.replay_buffer", prompt_replay_buffer_poll)
     after_import("verl.models.transformers.qwen2_vl", text_only_micro_batch)
     after_import("verl.utils.tensordict_utils", position_ids_of_equal_lengths)
+    after_import("verl.experimental.agent_loop.agent_loop", plain_agent_loops)
     after_import("verl.experimental.agent_loop.agent_loop", light_samples)
+    after_import("verl.experimental.agent_loop.agent_loop", prompt_memo.share)
+    after_import("verl.trainer.ppo.v1.agent_loop_tq", prompt_memo.put_together)
+    after_import("verl.workers.rollout.llm_server", one_server)
+    after_import("verl.models.transformers.monkey_patch", no_value_head)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from medr1_verl.cpu import start_up
 from medr1_verl.import_hooks import after_import, around_import
 
 APPLIED, NOT_NEEDED = "applied", "not needed: upstream no longer does this"
@@ -243,3 +244,6 @@ def install() -> None:
     after_import("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", own_copy_of_received_weights)
     after_import("verl.experimental.agent_loop.agent_loop", one_thread_for_agent_loops)
     after_import("vllm.model_executor.layers.utils", linear_layers_stay_unpacked)
+    after_import(start_up.TRAINER, start_up.server_imported_meanwhile)
+    around_import(start_up.SERVER, start_up.engine_imported_meanwhile)
+    after_import("vllm.utils.system_utils", start_up.engine_from_fork_server)

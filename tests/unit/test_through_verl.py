@@ -358,3 +358,33 @@ def test_a_resumed_run_goes_on_with_the_orders_of_its_epoch(parquet, workers):
     resumed.load_state_dict(state)
     assert seen | _orders(resumed) == expected[1]
     assert _orders(resumed) == expected[2]
+
+
+def test_a_reward_without_its_worker_is_the_same_and_leaves_the_row_alone(monkeypatch):
+    from verl.experimental.reward_loop import reward_loop
+
+    from medr1_verl import verl_fixes
+
+    items = [_item(text) for text, _ in ROWS]
+    monkeypatch.setattr(reward_loop, "copy_to_local", str)
+    monkeypatch.setattr(reward_loop, "hf_tokenizer", lambda *_, **__: _Tokenizer())
+    config = _config("pkg://medr1_verl.reward")
+    model = {"tokenizer_path": "unused", "path": "unused"}
+    manager = {"source": "register", "name": "naive"}
+    own = {"reward_manager": manager, "reward_model": {"enable": False}}
+    config.merge_with({"actor_rollout_ref": {"model": model}, "reward": own})
+    handle = verl_fixes._RewardInPlace(config)
+
+    async def run():
+        return await asyncio.gather(*(handle.remote(item) for item in items))
+
+    results = asyncio.run(run())
+    assert [result["reward_score"] for result in results] == [score for _, score in ROWS]
+    assert all(item.non_tensor_batch["extra_info"][0] == INFO for item in items)
+    worker = reward_loop.RewardLoopWorker
+    again = asyncio.run(_in_worker(worker, config, _item(ROWS[0][0])))
+    assert again == results[0]
+
+
+async def _in_worker(worker, config, item):
+    return await worker(config).compute_score(item)

@@ -80,3 +80,71 @@ def test_log_probs_of_all_tokens_at_once_are_verls():
     exact = theirs(rounded.float(), labels)
     assert torch.allclose(ours(rounded, labels), exact, atol=1e-6)
     assert not torch.allclose(theirs(rounded, labels).float(), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("files", "there"),
+    [
+        ({"__init__.py": ""}, False),  # TRL 1.16
+        ({"__init__.py": "", "experimental/ppo/__init__.py": "['AutoModelForCausalLMWithValueHead']"}, True),
+        ({"__init__.py": "AutoModelForCausalLMWithValueHead"}, True),  # TRL 0.27
+    ],
+)
+def test_trl_is_left_alone_where_it_has_no_value_head(tmp_path, monkeypatch, files, there):
+    from verl.models.transformers import monkey_patch
+
+    from medr1_verl import verl_fixes
+
+    for name, text in files.items():
+        file = tmp_path / "trl" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: True)
+    verl_fixes.no_value_head(monkey_patch)
+    assert monkey_patch.is_trl_available() is there
+
+
+@pytest.mark.parametrize(("gpus", "mode", "asked"), [(1, "sync", 1), (2, "sync", 3), (1, "separate_async", 3)])
+def test_a_single_server_is_asked_for_once(gpus, mode, asked):
+    import asyncio
+
+    from omegaconf import OmegaConf
+    from verl.workers.rollout import llm_server
+
+    from medr1_verl import verl_fixes
+
+    calls = []
+
+    class Client:
+        config = OmegaConf.create(
+            {
+                "trainer": {"n_gpus_per_node": gpus, "nnodes": 1, "v1": {"trainer_mode": mode}},
+                "actor_rollout_ref": {
+                    "rollout": {
+                        "tensor_model_parallel_size": 1,
+                        "data_parallel_size": 1,
+                        "pipeline_model_parallel_size": 1,
+                    }
+                },
+            }
+        )
+
+        async def _acquire_server(self, request_id, **extra):
+            calls.append(("acquired", request_id))
+            return "server", "handle"
+
+        def _release_server(self, server_id, request_id=None):
+            calls.append(("released", request_id))
+
+    class Module:
+        LLMServerClient = Client
+
+    verl_fixes.one_server(Module)
+    client = Client()
+    for number in range(3):
+        assert asyncio.run(client._acquire_server(number, prompt_ids=[1])) == ("server", "handle")
+        client._release_server("server", request_id=number)
+    assert [kind for kind, _ in calls] == (["acquired"] if asked == 1 else ["acquired", "released"] * 3)
+    real = llm_server.LLMServerClient._acquire_server
+    assert hasattr(real, "__wrapped__") or "extra" in real.__code__.co_varnames, "verl has changed: is it still needed?"

@@ -26,8 +26,10 @@ _run_the_sitecustomize_that_this_one_hides()
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     try:
+        from medr1_verl import garbage
         from medr1_verl.cpu import patches
     except ImportError:  # another Python, without this package: nothing to patch for
         pass
     else:
+        garbage.pause()
         patches.install()
