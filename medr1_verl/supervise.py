@@ -36,6 +36,7 @@ _VITAL = re.compile(
 )
 # How long the trainer may take to notice a death by itself, and to end by itself once its work is done.
 _GRACE_SECONDS = 45.0
+_SLEEP_SECONDS = 0.1
 # Every process of the machine is looked at, which costs as much as a sample of the tiny model.
 _LOOK_EVERY_SECONDS = 2.0
 _MEMORY_EVERY_SECONDS = 6.0
@@ -209,7 +210,8 @@ class _VitalSigns:
     """Remembers the processes a run cannot do without, and notices when one is gone.
 
     A trainer that fails shuts Ray down before it ends, and then everything is gone at once: that is no death.
-    So a process counts as dead only while the task runner and Ray's daemons are there without it.
+    So a process counts as dead only while the task runner and Ray's daemons are there without it. verl takes
+    TransferQueue down even before that (verl 0.9.1, trainer/main_ppo.py): with another process gone, it is not named.
 
     A fork shows its parent's title for as long as it does not become a program of its own: the data loader's workers
     do so for a whole validation, a worker that the raylet starts for some milliseconds. Neither is vital, and the
@@ -217,11 +219,14 @@ class _VitalSigns:
     """
 
     FRAME = ("TaskRunnerV1", "raylet", "gcs_server")
+    QUEUE = ("TransferQueueController", "SimpleStorageUnit")
+    CONSEQUENCES = FRAME + QUEUE  # of a failure, more often than its cause
 
     def __init__(self) -> None:
         self._known: dict[int, str] = {}
 
-    def dead(self, living: Sequence[int]) -> str | None:
+    def meet(self, living: Sequence[int]) -> None:
+        """Get to know the vital ones among the run's processes."""
         present = set(living)
         for pid in living:
             if pid not in self._known:
@@ -229,9 +234,12 @@ class _VitalSigns:
                 name = next(filter(None, match.groups())) if match else None
                 if name and not self._is_fork(pid, name, present):
                     self._known[pid] = name
-        gone = {pid: name for pid, name in self._known.items() if pid not in present}
-        if len(gone) == 1 or (gone and not any(name in self.FRAME for name in gone.values())):
-            pid, name = next(iter(gone.items()))
+
+    def dead(self) -> str | None:
+        """The one that died, if any. To be asked often: a death has others follow. Looks at a dozen processes."""
+        gone = [(name in self.QUEUE, name, pid) for pid, name in self._known.items() if not processes.alive(pid)]
+        if len(gone) == 1 or (gone and not any(name in self.FRAME for _, name, _ in gone)):
+            _, name, pid = min(gone)
             return f"{name} (process {pid})"
         return None
 
@@ -287,8 +295,9 @@ def supervise(
         )
     try:
         while trainer.poll() is None:
-            time.sleep(0.5)
+            time.sleep(_SLEEP_SECONDS)
             now = time.monotonic()
+            missing = missing or vital.dead()
             for line in log_lines.lines():
                 heard = now
                 outcome.failed_groups += bool(_FAILED_GROUP.search(line))
@@ -307,7 +316,7 @@ def supervise(
                 if now - measured > _MEMORY_EVERY_SECONDS:
                     measured = now
                     outcome.peak_memory_gib = max(outcome.peak_memory_gib, processes.memory_bytes(living) / 2**30)
-                missing = missing or vital.dead(living)
+                vital.meet(living)
             if missing and missing_since is None:
                 missing_since = now
             if missing_since is not None and now - missing_since > _GRACE_SECONDS and trainer.poll() is None:
@@ -325,7 +334,7 @@ def supervise(
         if trainer.returncode != 0:
             outcome.cause = _killed(trainer.returncode) or _cause_in(log)
             outcome.cause = outcome.cause or f"the trainer ended with exit code {trainer.returncode}"
-            if missing is None or missing.startswith(vital.FRAME):  # Ray's own end is a consequence, not the cause
+            if missing is None or missing.startswith(vital.CONSEQUENCES):
                 missing = _dead_actor_in(log)
             if missing:
                 outcome.cause = f"{missing} died: {outcome.cause}"

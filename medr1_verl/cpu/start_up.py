@@ -21,6 +21,7 @@ SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 TRAINER = "verl.trainer.ppo.v1.trainer_base"
 # What an engine for Qwen2-VL on a CPU imports, verl's extension of its worker included.
 ENGINE = (
+    "setproctitle",  # looks for the place of the title when it is imported, between arguments and environment
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.executor.uniproc_executor",
@@ -63,11 +64,20 @@ def engine_imported_meanwhile(module: ModuleType, execute: Callable[[ModuleType]
     the engine is its fork. It has one thread, so that nothing is lost in a fork.
     """
     global _fork_server
-    if TRAINER not in sys.modules:
+    if _of_server():
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(ENGINE))
         multiprocessing.forkserver.ensure_running()
         _fork_server = True
     execute(module)
+
+
+def _of_server() -> bool:
+    """Whether this process is the server's, by the name of its first task: others import that module as well."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return context.worker.mode == ray.WORKER_MODE and "HttpServer" in (context.get_task_name() or "")
 
 
 def engine_from_fork_server(module: Any) -> None:
@@ -101,6 +111,7 @@ class _ForkServerContext:
 
 
 def _in_environment(environment: dict[str, str], target: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
     target(*args, **kwargs)

@@ -40,6 +40,8 @@ def die(prepared, waiting, run: Path, victim: str) -> str:
     """Start or go on, kill the victim; what the run printed."""
     title, named = DEATHS[victim]
     process = started(prepared, waiting, run)
+    fork_servers = [p for p in processes.marked(run) if "multiprocessing.forkserver" in processes.title(p)]
+    assert len(fork_servers) == 1, "the engine's, in the process of its server"
     os.kill(min(p for p in processes.marked(run) if title in processes.title(p)), signal.SIGKILL)
     killed = time.monotonic()
     output, _ = process.communicate(timeout=150)

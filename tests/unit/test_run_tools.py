@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -298,14 +299,43 @@ def test_a_death_that_the_trainer_does_not_notice_ends_the_run(tmp_path, monkeyp
     assert processes.marked(tmp_path) == []
 
 
+# A trainer that ends as verl's does: TransferQueue first, then with the exception.
+FAILING = """
+import subprocess, sys, time
+def start(title):
+    return subprocess.Popen(["bash", "-c", f"exec -a '{title}' sleep 600"])
+queue, engine = start("ray::TransferQueueController"), start("VLLM::EngineCore")
+time.sleep(1)
+for process in (%s):
+    process.kill(); process.wait(); time.sleep(0.02)
+time.sleep(0.5)
+raise ValueError("no groups")
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed", "named"),
+    [
+        ("engine, queue", r"VLLM::EngineCore \(process \d+\) died: ValueError: no groups"),
+        ("queue,", "ValueError: no groups"),
+    ],
+)
+def test_what_verl_ends_itself_is_not_the_cause(tmp_path, monkeypatch, killed, named):
+    from medr1_verl import supervise as module
+
+    monkeypatch.setattr(module, "_LOOK_EVERY_SECONDS", 0.0)
+    outcome = module.supervise([sys.executable, "-c", FAILING % killed], tmp_path)
+    assert re.fullmatch(named, outcome.cause)
+
+
 # A process of this title that forks (a data loader's worker, a raylet on its way to a worker), the fork ending first.
 FORKING = """
 import os, sys, time
 if os.fork() == 0:
     {orphan}
-    time.sleep(1.2)
+    time.sleep(1.1)
     os._exit(0)
-time.sleep(5)
+time.sleep(2.6)
 """
 
 
@@ -323,11 +353,12 @@ def test_the_end_of_a_fork_is_no_death(tmp_path, monkeypatch, title, orphan):
 
     (tmp_path / "forking.py").write_text(FORKING.format(orphan=orphan))
     start = f"exec -a '{title}' {sys.executable} {tmp_path / 'forking.py'}"
-    monkeypatch.setattr(module, "_GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(module, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_LOOK_EVERY_SECONDS", 0.0)
     code = f"import subprocess; subprocess.Popen(['bash', '-c', {start!r}]).wait()"
     outcome = module.supervise([sys.executable, "-c", code], tmp_path / "run")
     assert outcome.cause is None
-    assert outcome.seconds > 4, "the forks ended while the run went on"
+    assert outcome.seconds > 2.5, "the forks ended while the run went on"
 
 
 def test_an_interrupt_ends_everything(tmp_path):
