@@ -114,8 +114,7 @@ def light_samples(module: Any) -> None:
     """A sample's messages, decoded images and all, go to a reward worker and into TransferQueue, from where the trainer
     reads them three times a step (verl 0.9.1, experimental/agent_loop/agent_loop.py and
     trainer/ppo/v1/agent_loop_tq.py). verl's own reward managers look at text alone, so with them, and without a reward
-    model, the images stay behind. And a rule that takes microseconds needs no worker: verl's reward loop does the same
-    in the agent loop's own process, by the naive manager, where a trip costs both ends milliseconds a sample.
+    model, the images stay behind.
     """
     worker = getattr(module, "AgentLoopWorker", None)
     if worker is None or not hasattr(worker, "_agent_loop_postprocess"):
@@ -126,17 +125,42 @@ def light_samples(module: Any) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         reward = self.config.reward
-        if reward.reward_model.enable or reward.reward_manager.source != "register":
-            return
-        self._agent_loop_postprocess = _without_images(self._agent_loop_postprocess)
-        if self.reward_loop_worker_handles and reward.reward_manager.name == "naive":
-            self.reward_loop_worker_handles = [SimpleNamespace(compute_score=_RewardInPlace(self.config))]
+        if not reward.reward_model.enable and reward.reward_manager.source == "register":
+            self._agent_loop_postprocess = _without_images(self._agent_loop_postprocess)
 
     worker.__init__ = __init__
 
 
+def reward_in_place(module: Any) -> None:
+    """Each answer goes to a reward worker, a process more to start, and back, which costs both ends milliseconds (verl
+    0.9.1, experimental/reward_loop/reward_loop.py). This package's rewards take microseconds, so verl's reward loop
+    runs where the answer is. Any other reward, manager or reward model, and a judge, keep their workers.
+    """
+    manager = getattr(module, "RewardLoopManager", None)
+    if manager is None or not hasattr(manager, "_init_reward_loop_workers"):
+        return
+    original = manager._init_reward_loop_workers
+
+    @functools.wraps(original)
+    def _init_reward_loop_workers(self: Any) -> None:
+        if _takes_microseconds(self.config.reward):
+            self.reward_loop_workers = [SimpleNamespace(compute_score=_RewardInPlace(self.config))]
+        else:
+            original(self)
+
+    manager._init_reward_loop_workers = _init_reward_loop_workers
+
+
+def _takes_microseconds(reward: Any) -> bool:
+    function, manager = reward.custom_reward_function, reward.reward_manager
+    ours = function.path in ("pkg://medr1_verl.reward", "pkg://medr1_verl.random_reward")
+    judge = ":" in str((function.get("reward_kwargs") or {}).get("open_metric"))  # a function of the user's
+    plain = (manager.source, manager.name) == ("register", "naive") and not reward.reward_model.enable
+    return ours and plain and not judge
+
+
 class _RewardInPlace:
-    """``handle.compute_score`` of a reward worker, without the worker."""
+    """``handle.compute_score`` of a reward worker, without the worker. Ray pickles it, on its way to an agent loop."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -264,6 +288,7 @@ def install() -> None:
     after_import("verl.utils.tensordict_utils", position_ids_of_equal_lengths)
     after_import("verl.experimental.agent_loop.agent_loop", plain_agent_loops)
     after_import("verl.experimental.agent_loop.agent_loop", light_samples)
+    after_import("verl.experimental.reward_loop.reward_loop", reward_in_place)
     after_import("verl.experimental.agent_loop.agent_loop", prompt_memo.share)
     after_import("verl.trainer.ppo.v1.agent_loop_tq", prompt_memo.put_together)
     after_import("verl.workers.rollout.llm_server", one_server)

@@ -245,5 +245,5 @@ def install() -> None:
     after_import("verl.experimental.agent_loop.agent_loop", one_thread_for_agent_loops)
     after_import("vllm.model_executor.layers.utils", linear_layers_stay_unpacked)
     after_import(start_up.TRAINER, start_up.server_imported_meanwhile)
-    around_import(start_up.SERVER, start_up.engine_imported_meanwhile)
+    around_import("verl", start_up.engine_imported_meanwhile)
     after_import("vllm.utils.system_utils", start_up.engine_from_fork_server)

@@ -60,8 +60,8 @@ def _import_quietly(name: str) -> None:
 
 def engine_imported_meanwhile(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
     """The process of vLLM's server starts the engine when it has imported vLLM itself, and the engine imports it all
-    again, because vLLM spawns it there (vllm 0.28, utils/system_utils.py). A fork server imports at the same time, and
-    the engine is its fork. It has one thread, so that nothing is lost in a fork.
+    again, because vLLM spawns it there (vllm 0.28, utils/system_utils.py). A fork server imports at the same time, from
+    the first import of verl on, and the engine is its fork. It has one thread, so that nothing is lost in a fork.
     """
     global _fork_server
     if _of_server():

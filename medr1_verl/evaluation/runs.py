@@ -88,7 +88,8 @@ def load_runs(sources: Sequence[str], decoding: str | None = None) -> tuple[Ques
     """Read every source (``PATH`` or ``NAME=PATH``; a directory stands for the prediction files in it).
 
     A run has the model's name. Files of one model make one run, so that its slices, or its controls, may be in files
-    of their own; where they answer the same questions they are different runs after all, named by their directories.
+    of their own; where they answer the same questions, or the weights were others, they are different runs after all,
+    named by their directories.
     ``decoding`` picks one where a file holds several; None takes greedy answers, or the only other kind there is.
     Raises :class:`UserError` for an unfinished or broken file, a question answered twice, and different data.
     """
@@ -121,6 +122,7 @@ class _Collected:
 
     files: list[Path] = field(default_factory=list)
     styles: set[str] = field(default_factory=set)
+    weights: set[str] = field(default_factory=set)
     answers: dict[str, dict[str, tuple[list[int], list[list[float]]]]] = field(default_factory=dict)
     seen: set[tuple[str, str, int]] = field(default_factory=set)
 
@@ -169,6 +171,8 @@ def _collect(file: Path, name: str | None, questions: Questions) -> dict[str, _C
                 )
             parts.seen.add((decoding, control, index))
             parts.styles.add(row["style"])
+            if row.get("weights"):  # a server does not tell
+                parts.weights.add(row["weights"])
             indices, values = parts.answers.setdefault(decoding, {}).setdefault(control, ([], []))
             indices.append(index)
             values.append(_values(row))
@@ -188,16 +192,17 @@ def _combine(files: Sequence[tuple[str, _Collected, bool]]) -> dict[str, _Collec
     for name, parts, named in files:
         by_name.setdefault(name, []).append((parts, named))
     for name, members in by_name.items():
-        together = sum(len(parts.seen) for parts, _ in members)
-        if len(set().union(*(parts.seen for parts, _ in members))) == together:
+        answers = sum(len(parts.seen) for parts, _ in members)
+        weights = set().union(*(parts.weights for parts, _ in members))
+        if len(set().union(*(parts.seen for parts, _ in members))) == answers and len(weights) <= 1:
             for parts, _ in members:
                 runs[name] = runs[name].merge(parts) if name in runs else parts
             continue
         for parts, named in members:
             if named or parts.label in runs:
                 raise UserError(
-                    f"{parts.files[0]}: run {name!r} answers the same questions as in another file; "
-                    "give each file once, and runs of their own names as NAME=PATH"
+                    f"{parts.files[0]}: run {name!r} answers the same questions as in another file, or had other "
+                    "weights there; give each file once, and runs of their own names as NAME=PATH"
                 )
             runs[parts.label] = parts
     return runs

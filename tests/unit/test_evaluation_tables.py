@@ -274,6 +274,14 @@ def test_slices_of_one_model_in_files_of_their_own_make_one_run(tmp_path):
     assert runs[0].measures["none"]["acc"].tolist() == [1, 1, 1, 1, 0, 0]
 
 
+def test_other_weights_under_the_same_name_are_another_run(tmp_path):
+    for name, questions in (("before", QUESTIONS[:4]), ("after", QUESTIONS[4:])):
+        file = tmp_path / name / "predictions.jsonl"
+        write(file, "model", "1" * len(questions), questions=questions, weights=name)
+    _, runs = load_runs([str(tmp_path / "before"), str(tmp_path / "after")])
+    assert [run.name for run in runs] == ["before", "after"]
+
+
 def test_only_the_promised_keys_are_needed(tmp_path):
     path = write(tmp_path / "p.jsonl", "ct", "111000")
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,6 +3,8 @@
 import asyncio
 import concurrent.futures
 import logging
+import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -360,6 +362,49 @@ def test_a_resumed_run_goes_on_with_the_orders_of_its_epoch(parquet, workers):
     assert _orders(resumed) == expected[2]
 
 
+def _in_place_config(path, open_metric=None, **manager):
+    config = _config(path, open_metric=open_metric)
+    model = {"tokenizer_path": "unused", "path": "unused"}
+    own = {"reward_manager": {"source": "register", "name": "naive"} | manager, "reward_model": {"enable": False}}
+    config.merge_with({"actor_rollout_ref": {"model": model}, "reward": own})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "in_place"),
+    [
+        ("pkg://medr1_verl.reward", {}, True),
+        ("pkg://medr1_verl.reward", {"open_metric": "token_f1"}, True),
+        ("pkg://medr1_verl.reward", {"open_metric": "my.module:judge"}, False),
+        ("pkg://medr1_verl.random_reward", {}, True),
+        ("pkg://medr1_verl.reward", {"name": "dapo"}, False),
+        ("pkg://medr1_verl.reward", {"source": "importlib"}, False),
+        ("/home/me/slow.py", {}, False),
+        (None, {}, False),
+    ],
+)
+def test_only_this_packages_rewards_have_no_worker(path, settings, in_place):
+    from verl.experimental.reward_loop import reward_loop
+
+    from medr1_verl import verl_fixes
+
+    class Manager:
+        config = _in_place_config(path, **settings)
+        reward_loop_workers = ()
+
+        def _init_reward_loop_workers(self):
+            self.reward_loop_workers = ["verl's"]
+
+    assert hasattr(reward_loop.RewardLoopManager, "_init_reward_loop_workers"), "verl has changed"
+    verl_fixes.reward_in_place(SimpleNamespace(RewardLoopManager=Manager))
+    made = Manager()
+    made._init_reward_loop_workers()
+    assert (made.reward_loop_workers != ["verl's"]) is in_place
+    if in_place:
+        (sent,) = pickle.loads(pickle.dumps(made.reward_loop_workers))
+        assert sent.compute_score._config == Manager.config
+
+
 def test_a_reward_without_its_worker_is_the_same_and_leaves_the_row_alone(monkeypatch):
     from verl.experimental.reward_loop import reward_loop
 
@@ -368,11 +413,7 @@ def test_a_reward_without_its_worker_is_the_same_and_leaves_the_row_alone(monkey
     items = [_item(text) for text, _ in ROWS]
     monkeypatch.setattr(reward_loop, "copy_to_local", str)
     monkeypatch.setattr(reward_loop, "hf_tokenizer", lambda *_, **__: _Tokenizer())
-    config = _config("pkg://medr1_verl.reward")
-    model = {"tokenizer_path": "unused", "path": "unused"}
-    manager = {"source": "register", "name": "naive"}
-    own = {"reward_manager": manager, "reward_model": {"enable": False}}
-    config.merge_with({"actor_rollout_ref": {"model": model}, "reward": own})
+    config = _in_place_config("pkg://medr1_verl.reward")
     handle = verl_fixes._RewardInPlace(config)
 
     async def run():
