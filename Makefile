@@ -13,7 +13,7 @@ types:
 	$(PYTHON) -m mypy
 
 unit:  ## under a minute: neither torch nor an engine
-	$(PYTHON) -m pytest -m "not e2e and not heavy"
+	$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not e2e and not heavy"
 
 test:  ## everything, with the real trainer and engine on the CPU
 	$(PYTHON) -m pytest

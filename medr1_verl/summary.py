@@ -119,27 +119,31 @@ def _best_words(best: Best) -> str:
     return f"step {best.step}, validation accuracy {best.accuracy:.3f}"
 
 
+_MEASURED = (
+    ("accuracy, sampled at T=1", "accuracy"),
+    ("accuracy, greedy", "greedy"),
+    ("accuracy, greedy, blank image", "blank"),
+    ("answers in the asked form (T=1)", "format"),
+)
+
+
 def table(summary: dict[str, Any], run_dir: Path) -> str:
     """What the recipe prints at the end."""
 
     def number(value: float | None, pattern: str = "{:.3f}") -> str:
         return "-" if value is None else pattern.format(value)
 
+    evaluated = summary["rows_evaluated"]
     lines = [
         f"steps {summary['steps']}   {summary['seconds']:.0f} s in all, "
         f"{number(summary['seconds_per_step'], '{:.1f}')} s a step   "
         f"peak memory {summary['peak_memory_gib']:.1f} GiB   "
         f"failed groups {summary['failed_groups']}   Pearson >= {number(summary['pearson_min'], '{:.4f}')}",
         "",
-        f"{'held out, ' + str(summary['rows_evaluated']) + ' rows':34} {'before':>8} {'after':>8}",
+        f"{f'held out, {evaluated} rows' if evaluated else 'not evaluated':34} {'before':>8} {'after':>8}",
         f"{'mean reward of the batch':34} {number(summary['reward_first']):>8} {number(summary['reward_last']):>8}",
     ]
-    for label, name in (
-        ("accuracy, sampled at T=1", "accuracy"),
-        ("accuracy, greedy", "greedy"),
-        ("accuracy, greedy, blank image", "blank"),
-        ("answers in the asked form (T=1)", "format"),
-    ):
+    for label, name in _MEASURED if evaluated else ():
         lines.append(f"{label:34} {number(summary[name + '_before']):>8} {number(summary[name + '_after']):>8}")
     for modality, after in summary["accuracy_by_modality"].items():
         before = summary["accuracy_by_modality_before"].get(modality)
@@ -152,7 +156,7 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
         f"merged model   {run_dir / 'model'}",
         f"checkpoint     {checkpoint}" + (f" (step {step_of(checkpoint)})" if checkpoint else ""),
         *([f"best           {run_dir / 'checkpoints' / 'best'} ({_best_words(best[1])})"] if best else []),
-        f"predictions    {run_dir / 'predictions.jsonl'}",
+        *([f"predictions    {run_dir / 'predictions.jsonl'}"] if evaluated else []),
         f"curves         {curves if curves.exists() else 'not drawn: matplotlib is not installed'}",
         f"metrics, logs  {run_dir / 'metrics.jsonl'}, {run_dir / 'logs'}",
     ]

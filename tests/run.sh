@@ -12,4 +12,9 @@ choose_python "cpu,report,dicom,inspect,serve,dev"
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 unset VERL_USE_EXTERNAL_MODULES # for recipes; here it would patch verl before a test can look at it as it is
-"$PYTHON" -m pytest --durations=12 "$@"
+if (( $# )); then
+  "$PYTHON" -m pytest --durations=12 "$@"
+else # the quick ones side by side; a training run takes the whole machine
+  "$PYTHON" -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not e2e"
+  "$PYTHON" -m pytest --durations=12 -m e2e
+fi

@@ -42,7 +42,7 @@ def environ() -> dict[str, str]:
         # The engine in the process that asks for it, or in one of its own where verl serves it, but never in two: each
         # takes seconds to start, and every token would travel between them. vLLM wants two to bind threads to cores.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # vLLM compiles two small functions of its sampler, in C++, for 17 s of every run, and they are no faster for it.
+        # vLLM would compile two small functions of its sampler, in C++: 17 s, which a short run does not earn back.
         "TORCHDYNAMO_DISABLE": "1",
         # A warning about memory binding, from every process.
         "TORCH_CPP_LOG_LEVEL": "ERROR",

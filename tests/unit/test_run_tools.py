@@ -418,7 +418,15 @@ def test_summary_reads_every_figure_and_leaves_the_unmeasured_null(tmp_path):
     }
     assert {key: result[key] for key in expected} == expected
     assert result["accuracy_by_modality"] == {"ct": 1.0, "mri": 0.5}
-    assert "0.750" in summary.table(result, tmp_path)
+    said = summary.table(result, tmp_path)
+    assert "held out, 4 rows" in said
+    assert "0.750" in said
+    assert f"predictions    {tmp_path / 'predictions.jsonl'}" in said
+    (tmp_path / "predictions.jsonl").unlink()
+    said = summary.table(summary.summarize(tmp_path, "tiny", 42, None), tmp_path)
+    assert "not evaluated" in said
+    assert "greedy" not in said
+    assert "predictions" not in said
 
 
 def test_a_run_without_a_step_has_no_summary(tmp_path):
