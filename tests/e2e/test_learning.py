@@ -24,8 +24,8 @@ SETTINGS = {
     "PROFILE": "cpu",
     "PYTHON": sys.executable,
     "SEED": "42",
-    "TOTAL_STEPS": "12",
-    "SAVE_FREQ": "12",
+    "TOTAL_STEPS": "18",
+    "SAVE_FREQ": "18",
     "VAL_SAMPLES": "16",
     "EVAL_LIMIT": "512",
 }
@@ -82,13 +82,12 @@ def test_the_gain_comes_from_looking(taught: dict[str, Any]) -> None:
 
 
 def test_a_coin_teaches_nothing(taught: dict[str, Any], tossed: dict[str, Any]) -> None:
-    """The bounds are wide because the coin has no seed: noise alone moves the policy, mostly for the worse.
-
-    A policy that became surer of itself without learning anything gains a little when sampled.
+    """The coin has no seed: noise alone moves the policy, mostly for the worse. The sampled accuracy starts below
+    chance, because broken answers count as wrong, and a policy that breaks fewer drifts up to chance, but not beyond.
     """
     assert tossed["greedy_before"] == taught["greedy_before"]
-    assert tossed["greedy_after"] - tossed["greedy_before"] < 0.07
-    assert tossed["accuracy_after"] - tossed["accuracy_before"] < 0.15
+    for after in (tossed["greedy_after"], tossed["accuracy_after"]):
+        assert after < tossed["chance"] + 0.07, "99.9 % of the time, at chance"
     assert tossed["format_after"] < taught["format_after"] - 0.05
     paid = {name: s["accuracy_after"] + s["format_after"] for name, s in (("taught", taught), ("tossed", tossed))}
     assert paid["taught"] > paid["tossed"] + 0.1
