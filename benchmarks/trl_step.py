@@ -47,6 +47,7 @@ def recipe(folder: Path, name: str, steps: int) -> tuple[dict[str, float], float
         "KL_COEF": KL,
         "TOTAL_STEPS": steps,
         "SAVE_FREQ": steps,
+        "TEST_FREQ": -1,
         "VAL_SAMPLES": 8,
         "EVALUATE": 0,
         "RESUME": "disable",

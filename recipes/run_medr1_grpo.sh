@@ -79,7 +79,7 @@ if [[ -n "$EMBEDDED" ]]; then
   default MAX_PROMPT_LENGTH 320
   default MAX_RESPONSE_LENGTH 40
   default TOKENS_PER_GPU 11520          # the 32 answers of an update in one forward pass
-  default TEST_FREQ -1                  # validate at the start and the end only
+  default TEST_FREQ 5                   # a curve for each modality; a divisor of SAVE_FREQ, for MERGE=best
   default SAVE_FREQ 25
   default VAL_SAMPLES 128
   default EVAL_LIMIT 512

@@ -265,7 +265,7 @@ REFUSALS = {
     "LR=1e-": (0, "LR=1e- is not a number"),
     "KL_COEF=none": (0, "KL_COEF=none"),
     "MAX_PROMPT_LENGTH=long": (0, "MAX_PROMPT_LENGTH=long"),
-    "MERGE=best": (0, "MERGE=best needs validation during training, and TEST_FREQ=-1; TEST_FREQ=25 works"),
+    "MERGE=best TEST_FREQ=-1": (0, "MERGE=best needs validation during training, and TEST_FREQ=-1; TEST_FREQ=25 works"),
     "DATA_DIR=/only": (0, "MODEL_PATH"),
     "RUNS_DIR=/proc/none": (0, "RUNS_DIR=/proc/none"),
     "PYTHON=/bin/false": (0, "PYTHON=/bin/false"),
@@ -275,7 +275,7 @@ REFUSALS = {
 @pytest.mark.parametrize("setting", REFUSALS)
 def test_a_bad_variable_is_one_clear_line(setting, tmp_path):
     gpus, named = REFUSALS[setting]
-    environment = dict([setting.split("=", 1)])
+    environment = dict(variable.split("=", 1) for variable in setting.split())
     if gpus:
         environment["DATA_DIR"] = "/d"
     done = recipe("run_medr1_grpo.sh", tmp_path, environment, gpus)
