@@ -208,7 +208,9 @@ def draw_curves(run_dir: Path) -> Path | None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1][1:]:
+        if len(axis.lines) > 4:  # beside them: there is no corner that eight curves leave free
+            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        elif len(axis.lines) > 1:
             axis.legend(fontsize="small")
     figure.suptitle(run_dir.name)
     path = run_dir / "curves.png"
