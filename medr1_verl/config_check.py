@@ -108,13 +108,15 @@ def check_config(config: Any) -> None:
     are left to them.
     """
     function = (config.get("reward") or {}).get("custom_reward_function") or {}
-    ours = any(_is_ours(function.get("path"), module) for module in ("reward", "random_reward"))
-    if ours and function.get("name", "compute_score") == "compute_score":
+    if (
+        is_ours(function.get("path"), "reward", "random_reward")
+        and function.get("name", "compute_score") == "compute_score"
+    ):
         check_reward_kwargs(function.get("reward_kwargs"))
     data = config.get("data") or {}
     settings = data.get("medr1")
     if settings is not None:
-        if not _is_ours((data.get("custom_cls") or {}).get("path"), "dataset"):
+        if not is_ours((data.get("custom_cls") or {}).get("path"), "dataset"):
             raise UserError(
                 f"{VIEW_PREFIX}: would be ignored; it needs data.custom_cls.path=pkg://medr1_verl.dataset and "
                 "data.custom_cls.name=MedVQADataset"
@@ -122,12 +124,14 @@ def check_config(config: Any) -> None:
         View.from_settings(settings, data.get("seed"))
 
 
-def _is_ours(path: str | None, module: str) -> bool:
+def is_ours(path: str | None, *modules: str) -> bool:
+    """Whether verl's ``path`` of a module, by package or by file, is one of these modules of this package."""
     if path is None or path == "":
         return False
     if path.startswith("pkg://"):
-        return path.removeprefix("pkg://").replace("/", ".") == f"medr1_verl.{module}"
-    return Path(path.removeprefix("file://")).resolve() == Path(__file__).with_name(f"{module}.py")
+        return path.removeprefix("pkg://").replace("/", ".") in {f"medr1_verl.{module}" for module in modules}
+    file = Path(path.removeprefix("file://")).resolve()
+    return file in {Path(__file__).with_name(f"{module}.py") for module in modules}
 
 
 def add_to_validation(module: ModuleType) -> None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from medr1_verl import prompt_memo
+from medr1_verl.config_check import is_ours
 from medr1_verl.import_hooks import after_import
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def reward_in_place(module: Any) -> None:
 
 def _takes_microseconds(reward: Any) -> bool:
     function, manager = reward.custom_reward_function, reward.reward_manager
-    ours = function.path in ("pkg://medr1_verl.reward", "pkg://medr1_verl.random_reward")
+    ours = is_ours(function.path, "reward", "random_reward")
     judge = ":" in str((function.get("reward_kwargs") or {}).get("open_metric"))  # a function of the user's
     plain = (manager.source, manager.name) == ("register", "naive") and not reward.reward_model.enable
     return ours and plain and not judge
