@@ -353,6 +353,7 @@ def supervise(
         processes.end(processes.descendants(os.getpid()))
         processes.end(processes.marked(run_dir))
         processes.reap()
+        processes.adopt_orphans(False)
         scratch.cleanup()
         outcome.seconds = time.monotonic() - started
         outcome.exit_code = trainer.returncode

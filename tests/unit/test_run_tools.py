@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -222,13 +221,6 @@ def test_a_run_is_found_by_its_mark_and_ended_with_its_orphans(tmp_path):
     started.wait()
     assert len(ended) == 2
     assert processes.marked(tmp_path) == []
-
-
-@pytest.fixture(autouse=True)
-def _orphans_are_for_init_again():
-    """What supervision switches on for its process must not stay on for the tests that run in this one after it."""
-    yield
-    ctypes.CDLL(None).prctl(processes._PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 # --- supervision ------------------------------------------------------------------------------------------
