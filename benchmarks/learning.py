@@ -1,14 +1,12 @@
 """Does GRPO teach? The embedded default for several seeds, each from nothing: data, tiny model and training of its own.
 
     python benchmarks/learning.py                          seeds 42, 43 and 44
-    python benchmarks/learning.py --reward random          the negative control: paid by a coin, it must not learn
+    python benchmarks/learning.py --reward random          the negative control: paid by a coin, accuracy must not rise
 
 For each seed, on held-out questions: accuracy sampled at temperature 1 rises by at least 30 points, greedy by at least
 10, format is at least 0.98 after, with blank images accuracy is within 5 points of chance before and after, and
 training (start-up, validation, steps, checkpoints) takes at most 8 minutes on 2 cores. With --reward random, accuracy
-sampled and greedy rises to no more than 5 points above chance: below chance, where broken answers have put the sampled
-one, it may drift, for a policy that settles on any form of answer breaks fewer. Exit code 1 if anything is missed.
-About ten minutes a seed.
+sampled and greedy rise by at most 5 points. Exit code 1 if anything is missed. About ten minutes a seed.
 """
 
 from __future__ import annotations
@@ -43,12 +41,7 @@ def missed(s: Mapping[str, Any], reward: str) -> list[str]:
     """What a run did not reach."""
     rises = {"sampled": s["accuracy_after"] - s["accuracy_before"], "greedy": s["greedy_after"] - s["greedy_before"]}
     if reward == "random":
-        after = {"sampled": s["accuracy_after"], "greedy": s["greedy_after"]}
-        return [
-            f"{name} rose to {100 * (after[name] - s['chance']):.1f} points above chance"
-            for name, rise in rises.items()
-            if rise > 0.05 and after[name] > s["chance"] + 0.05
-        ]
+        return [f"{name} rose by {100 * rise:.1f} points" for name, rise in rises.items() if rise > 0.05]
     faults = [
         f"{name} rose by {100 * rises[name]:.1f} points"
         for name, least in (("sampled", 0.30), ("greedy", 0.10))

@@ -86,6 +86,8 @@ def test_a_coin_teaches_nothing(taught: dict[str, Any], tossed: dict[str, Any]) 
     chance, because broken answers count as wrong, and a policy that breaks fewer drifts up to chance, but not beyond.
     """
     assert tossed["greedy_before"] == taught["greedy_before"]
+    assert tossed["greedy_after"] - tossed["greedy_before"] < 0.07
+    assert tossed["accuracy_after"] - tossed["accuracy_before"] < 0.15
     for after in (tossed["greedy_after"], tossed["accuracy_after"]):
         assert after < tossed["chance"] + 0.07, "99.9 % of the time, at chance"
     assert tossed["format_after"] < taught["format_after"] - 0.05
