@@ -21,7 +21,6 @@ SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 TRAINER = "verl.trainer.ppo.v1.trainer_base"
 # What an engine for Qwen2-VL on a CPU imports, verl's extension of its worker included.
 ENGINE = (
-    "setproctitle",  # looks for the place of the title when it is imported, between arguments and environment
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.executor.uniproc_executor",
@@ -72,7 +71,7 @@ def engine_imported_meanwhile(module: ModuleType, execute: Callable[[ModuleType]
 
 
 def _of_server() -> bool:
-    """Whether this process is the server's, by the name of its first task: others import that module as well."""
+    """Whether this process is the server's, by the name of its first task: all of a run's processes import verl."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return False
@@ -111,6 +110,7 @@ class _ForkServerContext:
 
 
 def _in_environment(environment: dict[str, str], target: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    # Only what differs: setproctitle finds the place of a title by the environment, and loses it with an emptied one.
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})

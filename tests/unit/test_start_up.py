@@ -12,7 +12,7 @@ SCRIPT = """
 import os, subprocess, sys, types
 from medr1_verl.cpu import start_up
 
-start_up.ENGINE = ("setproctitle", "json.tool")  # stands for vLLM
+start_up.ENGINE = ("json.tool",)  # stands for vLLM
 worker = types.SimpleNamespace(mode=1)
 context = types.SimpleNamespace(worker=worker, get_task_name=lambda: "{task}.__init__")
 sys.modules["ray"] = types.SimpleNamespace(
